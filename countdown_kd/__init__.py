@@ -1,0 +1,1 @@
+"""Experiments in on-policy distillation of language models on the Countdown task."""

@@ -1,0 +1,163 @@
+"""One run, top to bottom: data, models, evaluate, distil, evaluate.
+
+    python -m countdown_kd.run outputs/…/cell.yaml
+
+launch.py starts this in a process of its own, under torchrun for dist=ddp, with MLFLOW_RUN_ID set; what is
+written down on the way is in record.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import mlflow
+import torch
+from accelerate import Accelerator
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    set_seed,
+)
+from trl.experimental.gold import GOLDConfig
+
+from countdown_kd.data import Data
+from countdown_kd.evaluate import Evaluation, evaluate, hf_sampler, vllm_sampler
+from countdown_kd.gold import VLLM, CountdownTrainer, make_vllm
+from countdown_kd.record import RecordSteps, record_config, record_evaluation, record_training
+
+log = logging.getLogger("countdown_kd")
+
+
+def run(cfg: DictConfig) -> None:
+    """Distil the teacher into the student on Countdown; metrics and artifacts go to the active MLflow run."""
+    set_seed(cfg.seed)
+    # GOLDConfig checks its values before anything is loaded; bf16 without a GPU wants to be told of the CPU.
+    use_cpu = cfg.trainer.get("use_cpu", False) or not torch.cuda.is_available()
+    args: GOLDConfig = instantiate(cfg.trainer, use_cpu=use_cpu)
+    data: Data = instantiate(cfg.task)
+    log.info(
+        "%d training and %d test puzzles (fingerprint %s)",
+        len(data.train), len(data.test), data.fingerprint,
+    )  # fmt: skip
+    if cfg.baseline:
+        return run_baseline(cfg, args, data)
+
+    student, tokenizer = load(cfg.model)
+    teacher, teacher_tokenizer = load(cfg.teacher)
+    args.teacher_tokenizer_name_or_path = cfg.teacher.pretrained_model_name_or_path
+    trainer = CountdownTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        gen=cfg.gen,
+        train_dataset=data.conversations(),
+        processing_class=tokenizer,
+        callbacks=[RecordSteps()],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress())
+    engine = trainer.vllm_generation if trainer.use_vllm else None
+    models = {"student": (student, tokenizer), "teacher": (teacher, teacher_tokenizer)}
+    record_config(cfg, args, data, models, engine)
+
+    before = evaluated("before training", cfg, args, data, student, tokenizer, engine)
+    record_evaluation("eval_before", before)
+
+    trainer.train()
+    record_training(trainer)
+
+    after = evaluated("after training", cfg, args, data, student, tokenizer, engine)
+    record_evaluation("eval", after)
+
+    if trainer.accelerator.is_main_process:
+        # Not save_model, which pickles the training arguments beside the weights.
+        student.save_pretrained(Path(args.output_dir) / "student")
+        tokenizer.save_pretrained(Path(args.output_dir) / "student")
+
+
+def run_baseline(cfg: DictConfig, args: GOLDConfig, data: Data) -> None:
+    """Evaluate the student or the teacher as it is: a row to compare trained students with."""
+    accelerator = Accelerator()
+    model, tokenizer = load(cfg.teacher if cfg.baseline == "teacher" else cfg.model)
+    model.to(accelerator.device)
+    engine = make_vllm(model, tokenizer, accelerator, args, cfg.gen) if args.use_vllm else None
+    record_config(cfg, args, data, {cfg.baseline: (model, tokenizer)}, engine)
+    result = evaluated(cfg.baseline, cfg, args, data, model, tokenizer, engine)
+    record_evaluation("eval", result)
+
+
+def load(kwargs: DictConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer by from_pretrained's arguments."""
+    model = AutoModelForCausalLM.from_pretrained(**kwargs)
+    shared = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    tokenizer = AutoTokenizer.from_pretrained(kwargs.pretrained_model_name_or_path, **shared)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def evaluated(
+    description: str,
+    cfg: DictConfig,
+    args: GOLDConfig,
+    data: Data,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: VLLM | None,
+) -> Evaluation:
+    """The held-out puzzles, answered through the cell's own generation backend."""
+    if engine is not None:
+        sampler = vllm_sampler(engine, cfg.eval, description)
+    else:
+        sampler = hf_sampler(model, tokenizer, cfg.eval, args.bf16, description)
+    result = evaluate(sampler, model, tokenizer, data.test, cfg.eval)
+    log.info("%s: %s", description, result)
+    return result
+
+
+class QuietProgress(ProgressCallback):
+    """The trainer's progress bar with the loss beside it, instead of a printed dictionary a step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_description("training")
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+
+
+def main(config_file: str) -> None:
+    cfg = OmegaConf.load(config_file)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="[%(asctime)s] %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[
+            logging.StreamHandler(),
+            logging.FileHandler(Path(config_file).with_name("run.log")),
+        ],
+    )
+    # What the libraries say at every run and nobody can act on.
+    for chatty, level in {"httpx": logging.WARNING, "mlflow": logging.WARNING, "transformers": logging.ERROR}.items():
+        logging.getLogger(chatty).setLevel(level)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    is_rank_0 = int(os.environ.get("RANK", 0)) == 0
+    try:
+        with mlflow.start_run(log_system_metrics=False) if is_rank_0 else nullcontext():
+            run(cfg)
+    except Exception:
+        log.exception("the run failed")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
