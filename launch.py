@@ -1,8 +1,8 @@
 """The one door: composes cells with Hydra and runs each in a process of its own.
 
-    python launch.py                                            one cell, the tiny pair
-    python launch.py -m precision=bf16,fp32 gen=vllm,hf         four cells, side by side
-    python launch.py --help
+python launch.py                                            one cell, the tiny pair
+python launch.py -m precision=bf16,fp32 gen=vllm,hf         four cells, side by side
+python launch.py --help
 """
 
 import os

@@ -105,9 +105,7 @@ BLOCKS = {
     "a million digits": filled("9"),
     "a million digits on each side": "9" * 500_000 + "=" + "9" * 500_000,
     "right side of a million digits": "34+73-67=" + filled("9"),
-    "right side that is right, in a million digits": (
-        "34+73-67=40" + "*" + "9" * 500_000 + "/" + "9" * 500_000
-    ),
+    "right side that is right, in a million digits": ("34+73-67=40" + "*" + "9" * 500_000 + "/" + "9" * 500_000),
     "a million zeros": filled("0"),
     "long product of long numbers": ("9" * 199 + "*") * 4_900 + "1",
     "long product of short numbers": "99*" * 4_900 + " " * 900_000 + "1",
@@ -196,9 +194,7 @@ def main() -> None:
     console.print(table)
 
     if speed < MIN_PER_SECOND:
-        sys.exit(
-            f"Too slow: {speed:,.0f} completions a second; at least {MIN_PER_SECOND:,} wanted."
-        )
+        sys.exit(f"Too slow: {speed:,.0f} completions a second; at least {MIN_PER_SECOND:,} wanted.")
     slow = [f"{name} ({ms:.0f} ms)" for name, (ms, _) in measured.items() if ms > MAX_HOSTILE_MS]
     if slow:
         sys.exit(f"Too slow: more than {MAX_HOSTILE_MS} ms for {', '.join(slow)}.")

@@ -51,9 +51,7 @@ def run_cell(cfg: DictConfig) -> float:
     OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), config_file)
 
     client, experiment_id = tracking.open_store(cfg.tracking)
-    run_id = tracking.start_run(
-        client, experiment_id, cell_name(hydra), cell_params(cfg, hydra), kind="cell"
-    )
+    run_id = tracking.start_run(client, experiment_id, cell_name(hydra), cell_params(cfg, hydra), kind="cell")
     environment = os.environ | {
         "MLFLOW_RUN_ID": run_id,
         "MLFLOW_TRACKING_URI": cfg.tracking.uri,

@@ -57,9 +57,7 @@ def swept_params(cells: list[Run]) -> list[str]:
     """The params that differ between the cells, in the order they were recorded; all the same: none."""
     names = list(dict.fromkeys(name for cell in cells for name in cell.data.params))
     return [
-        name
-        for name in names
-        if name != "global_batch" and len({cell.data.params.get(name) for cell in cells}) > 1
+        name for name in names if name != "global_batch" and len({cell.data.params.get(name) for cell in cells}) > 1
     ]
 
 
@@ -117,9 +115,7 @@ def solved(metrics: dict[str, float], prefix: str) -> str:
     """An accuracy with its interval in per cent, ``52 (47–57)``; empty where it was not measured."""
     if f"{prefix}/accuracy" not in metrics:
         return ""
-    value, low, high = (
-        100 * metrics[f"{prefix}/{name}"] for name in ("accuracy", "accuracy_low", "accuracy_high")
-    )
+    value, low, high = (100 * metrics[f"{prefix}/{name}"] for name in ("accuracy", "accuracy_low", "accuracy_high"))
     return f"{value:.0f} ({low:.0f}–{high:.0f})"
 
 
@@ -156,8 +152,7 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
             if f"{prefix}/accuracy" not in metrics:
                 continue
             value, low, high = (
-                100 * metrics[f"{prefix}/{name}"]
-                for name in ("accuracy", "accuracy_low", "accuracy_high")
+                100 * metrics[f"{prefix}/{name}"] for name in ("accuracy", "accuracy_low", "accuracy_high")
             )
             accuracies.errorbar(
                 value, row, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3,
@@ -173,8 +168,8 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
     for phase, colour in PHASE_COLOURS.items():
         seconds = [cell.data.metrics.get(f"perf/phase/{phase}_s", 0.0) for cell in cells]
         times.barh(list(rows), seconds, left=starts, color=colour, label=phase, height=0.6)
-        starts = [start + s for start, s in zip(starts, seconds)]
-    for row, cell, end in zip(rows, cells, starts):
+        starts = [start + s for start, s in zip(starts, seconds, strict=True)]
+    for row, cell, end in zip(rows, cells, starts, strict=True):
         if "perf/samples_per_s" in cell.data.metrics:
             rate = cell.data.metrics["perf/samples_per_s"]
             times.text(end, row, f" {rate:.1f} samples/s", va="center", fontsize=9)

@@ -23,9 +23,7 @@ class ConfigError(ValueError):
 def register_resolvers() -> None:
     """Make ``${repo:PATH}`` and ``${package:PATH}`` absolute paths, from whatever folder a run is started."""
     for name, base in (("repo", ROOT), ("package", ROOT / "countdown_kd")):
-        OmegaConf.register_new_resolver(
-            name, lambda path="", base=base: str(base / (path or "")), replace=True
-        )
+        OmegaConf.register_new_resolver(name, lambda path="", base=base: str(base / (path or "")), replace=True)
 
 
 def validate(cfg: DictConfig) -> None:
@@ -124,7 +122,11 @@ def gold_config_fields() -> frozenset[str]:
     take milliseconds. Raises ConfigError where TRL or transformers is not installed.
     """
     sources = {
-        "trl": ("experimental/gold/gold_config.py", "trainer/sft_config.py", "trainer/base_config.py"),
+        "trl": (
+            "experimental/gold/gold_config.py",
+            "trainer/sft_config.py",
+            "trainer/base_config.py",
+        ),
         "transformers": ("training_args.py",),
     }
     classes = {"GOLDConfig", "SFTConfig", "_BaseConfig", "TrainingArguments"}

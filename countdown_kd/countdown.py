@@ -156,9 +156,7 @@ def solve(numbers: Sequence[int], target: int, operators: str = "+-*/") -> str |
                     if op == "/" and right[0] == 0:
                         continue
                     binding = 0 if op in "+-" else 1
-                    text = (
-                        _wrapped(left, binding) + op + _wrapped(right, binding + (op in "-/"))
-                    )
+                    text = _wrapped(left, binding) + op + _wrapped(right, binding + (op in "-/"))
                     found = search([(_OPERATORS[op](left[0], right[0]), text, binding), *rest])
                     if found is not None:
                         return found
@@ -213,7 +211,7 @@ _BINDING = {"+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
 # Time stays bounded for hostile text: an expression of more tokens than this counts as none,
 _MAX_TOKENS = 10_000
 # and as an exact fraction grows with its text, values of longer answers are kept modulo a prime of 39 digits
-# (only a text that spells out a multiple of that prime could be told the wrong failure).
+# (only a text that spells out a multiple of that prime could be judged wrongly).
 _EXACT_CHARS = 400
 _PRIME = (1 << 127) - 1
 
@@ -229,9 +227,7 @@ class _BadExpression(ValueError):
     """Why a text is no expression, or has no value."""
 
 
-def check(
-    completion: str, numbers: Sequence[int], target: int, rule: str = "exactly_once"
-) -> Verdict:
+def check(completion: str, numbers: Sequence[int], target: int, rule: str = "exactly_once") -> Verdict:
     """Judge one completion; the first failure wins, in the order of FAILURES except as noted below.
 
     1. The last ``<answer>…</answer>`` block (any case, may span lines) must exist and not be empty.
@@ -271,7 +267,8 @@ def check(
             return Verdict("rhs_parse_or_eval_error", f"{error} in {_shortened(right)}")
         if not _equal(left_value, right_value, modulus):
             return Verdict(
-                "equation_not_balanced", f"left side is {_shown(left_value, modulus)}, not {_shortened(right)}"
+                "equation_not_balanced",
+                f"left side is {_shown(left_value, modulus)}, not {_shortened(right)}",
             )
     if not _equal(left_value, (target, 1), modulus):
         return Verdict("wrong_value", f"is {_shown(left_value, modulus)}, target is {target}")

@@ -143,11 +143,7 @@ def _puzzle(row: dict, where: str) -> Puzzle:
         (
             "nums",
             "a list of at least two positive integers",
-            lambda value: (
-                isinstance(value, list)
-                and len(value) > 1
-                and all(type(n) is int and n > 0 for n in value)
-            ),
+            lambda value: isinstance(value, list) and len(value) > 1 and all(type(n) is int and n > 0 for n in value),
         ),
     ):
         if column not in row:
@@ -162,8 +158,7 @@ def _messages(value: object, where: str) -> list[dict[str, str]]:
         not isinstance(value, list)
         or not value
         or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in value
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
         )
     ):
         raise ValueError(f"{where}: messages must be a list of objects with 'role' and 'content'")

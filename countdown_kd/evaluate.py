@@ -52,10 +52,7 @@ def evaluate(
     Ranks share the work and all return the whole. The interval is Wilson's, 95 %. An answer is truncated when
     ``cfg.max_new_tokens`` came before the end of sequence.
     """
-    prompts = [
-        tokenizer.apply_chat_template(e.prompt, add_generation_prompt=True, return_dict=False)
-        for e in examples
-    ]
+    prompts = [tokenizer.apply_chat_template(e.prompt, add_generation_prompt=True, return_dict=False) for e in examples]
     state = PartialState()
     set_seed(cfg.seed + state.process_index)
     with state.split_between_processes(prompts) as mine:
@@ -125,7 +122,7 @@ def hf_sampler(
                 ).to(model.device)
                 with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
                     output = model.generate(**inputs, generation_config=config)
-                for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist()):
+                for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
                     completions[i] = _up_to_end(ids, ends)
                 bar.update(len(batch))
         model.train(was_training)

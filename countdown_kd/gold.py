@@ -34,9 +34,7 @@ class VLLM(VLLMGeneration):
         if self.mode == "server":
             return super()._init_vllm()
         engine = vllm_generation.LLM
-        with mock.patch.object(
-            vllm_generation, "LLM", lambda **theirs: engine(**(theirs | self.llm_arguments))
-        ):
+        with mock.patch.object(vllm_generation, "LLM", lambda **theirs: engine(**(theirs | self.llm_arguments))):
             super()._init_vllm()
 
     def sync_weights(self):
@@ -98,9 +96,7 @@ class CountdownTrainer(GOLDTrainer):
         super().__init__(args=args, **kwargs)
         self.use_vllm = args.use_vllm = use_vllm
         if use_vllm:
-            self.vllm_generation = make_vllm(
-                self.model, self._tokenizer, self.accelerator, args, gen
-            )
+            self.vllm_generation = make_vllm(self.model, self._tokenizer, self.accelerator, args, gen)
             self.vllm_sync_frequency = args.vllm_sync_frequency
             self._last_vllm_sync_step = -args.vllm_sync_frequency
             sync = self.vllm_generation.sync_weights
@@ -134,19 +130,15 @@ class CountdownTrainer(GOLDTrainer):
         self.draws.append(list(self._buffered_on_policy))
         metrics = self._metrics["train"]
         metrics["rollout/on_policy_frac"].append(sum(self.draws[-1]) / buffer_steps)
-        for inputs, on_policy in zip(self._buffered_inputs, self._buffered_on_policy):
+        for inputs, on_policy in zip(self._buffered_inputs, self._buffered_on_policy, strict=True):
             if on_policy:
-                tokens, truncated = rollout_lengths(
-                    inputs["labels"], self.generation_config.eos_token_id
-                )
+                tokens, truncated = rollout_lengths(inputs["labels"], self.generation_config.eos_token_id)
                 metrics["rollout/mean_tokens"].append(tokens.float().mean().item())
                 metrics["rollout/truncated_frac"].append(truncated.float().mean().item())
                 self.clock.rollout_tokens[-1] += tokens.sum().item()
 
 
-def rollout_lengths(
-    labels: torch.Tensor, eos_token_id: int | list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rollout_lengths(labels: torch.Tensor, eos_token_id: int | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens sampled, and whether the limit cut the rollout off before an end-of-sequence token.
 
     ``labels`` is (batch, sequence) with -100 outside the completion; both results are (batch,).

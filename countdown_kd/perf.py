@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from transformers import TrainerCallback
@@ -86,12 +87,8 @@ class StepClock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds: dict[str, float] = defaultdict(float)
-        for (phase, start), (_, end) in zip(self._cuts, self._cuts[1:]):
-            seconds[phase] += (
-                start.elapsed_time(end) / 1000
-                if isinstance(start, torch.cuda.Event)
-                else end - start
-            )
+        for (phase, start), (_, end) in pairwise(self._cuts):
+            seconds[phase] += start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
         self.phase_s.append(seconds)
         self.step_s.append(sum(seconds.values()))
 

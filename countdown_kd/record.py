@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import mlflow
 import torch
-from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.experimental.gold import GOLDConfig

@@ -146,7 +146,11 @@ def main(config_file: str) -> None:
         ],
     )
     # What the libraries say at every run and nobody can act on.
-    for chatty, level in {"httpx": logging.WARNING, "mlflow": logging.WARNING, "transformers": logging.ERROR}.items():
+    for chatty, level in {
+        "httpx": logging.WARNING,
+        "mlflow": logging.WARNING,
+        "transformers": logging.ERROR,
+    }.items():
         logging.getLogger(chatty).setLevel(level)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")

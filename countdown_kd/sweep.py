@@ -43,9 +43,7 @@ class SweepCallback(Callback):
         self.folder = Path(config.hydra.sweep.dir).resolve()
         self.client, experiment_id = tracking.open_store(config.tracking)
         swept = [o for o in _overrides(config) if not o.startswith("hydra")]
-        self.run_id = tracking.start_run(
-            self.client, experiment_id, " ".join(swept) or "sweep", {}, kind="sweep"
-        )
+        self.run_id = tracking.start_run(self.client, experiment_id, " ".join(swept) or "sweep", {}, kind="sweep")
         os.environ[tracking.SWEEP_RUN_ID] = self.run_id
         # Hydra calls on_multirun_end only after a sweep without an error.
         atexit.register(self.finish)

@@ -51,9 +51,7 @@ def open_store(tracking: DictConfig) -> tuple[MlflowClient, str]:
     return client, experiment.experiment_id
 
 
-def start_run(
-    client: MlflowClient, experiment_id: str, name: str, params: dict[str, str], kind: str
-) -> str:
+def start_run(client: MlflowClient, experiment_id: str, name: str, params: dict[str, str], kind: str) -> str:
     """Open a run that is RUNNING from now on; ``kind`` is "cell" or "sweep". Returns its id."""
     tags = {"mlflow.runName": name, "countdown_kd.kind": kind, "mlflow.source.name": "launch.py"}
     commit = git("rev-parse", "HEAD")
@@ -83,9 +81,7 @@ def cells_of(client: MlflowClient, sweep_run_id: str) -> list[Run]:
 def git(*arguments: str) -> str:
     """What a git command says about the folder the code lies in; empty where that is no checkout."""
     try:
-        result = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        )
+        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return result.stdout.strip()

@@ -53,7 +53,7 @@ echo "set-up: Python $version, device $device, into .venv (a few minutes the fir
 step "virtual environment" "$python" -m venv .venv
 step "uv" .venv/bin/pip install --no-deps -c $list uv
 # uv does not read pip's configuration; a mirror that is set there must serve uv as well.
-mirror=${PIP_INDEX_URL:-$(.venv/bin/pip config get global.index-url 2>/dev/null || true)}
+mirror=$(.venv/bin/pip config list | sed -n "s/^.*\.index-url='\(.*\)'$/\1/p" | head -n 1)
 [ -z "$mirror" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$mirror}"
 if [ "$device" = cpu ]; then
     torch=$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' $list)

@@ -157,9 +157,7 @@ def test_the_short_prompt_is_the_one_message_of_its_docstring():
 # Solver
 
 
-@pytest.mark.parametrize(
-    "numbers, target", [((1, 1, 1), 50), ((2, 4, 6), 7.5), ((3,), 4), ((), 0), ((1, 1, 1, 1), 10)]
-)
+@pytest.mark.parametrize("numbers, target", [((1, 1, 1), 50), ((2, 4, 6), 7.5), ((3,), 4), ((), 0), ((1, 1, 1, 1), 10)])
 def test_an_unsolvable_puzzle_has_no_answer(numbers, target):
     assert solve(numbers, target) is None
 
@@ -172,9 +170,7 @@ def test_the_solver_keeps_to_the_operators_it_is_given():
 
 def test_with_signs_alone_the_solver_reaches_all_that_can_be_reached():
     # Any choice of signs but three minuses: a first number without a sign is one with a plus.
-    reachable = {
-        a * 3 + b * 8 + c * 20 for a, b, c in product((1, -1), repeat=3) if (a, b, c) != (-1,) * 3
-    }
+    reachable = {a * 3 + b * 8 + c * 20 for a, b, c in product((1, -1), repeat=3) if (a, b, c) != (-1,) * 3}
     targets = range(-40, 41)
     assert {t for t in targets if solve((3, 8, 20), t, operators="+-")} == reachable
 
@@ -182,6 +178,11 @@ def test_with_signs_alone_the_solver_reaches_all_that_can_be_reached():
 def test_the_solver_finds_answers_that_pass_through_a_fraction():
     assert label_of(solve((3, 3, 8, 8), 24), (3, 3, 8, 8), 24) == CORRECT
     assert label_of(solve((1, 5, 5, 5), 24), (1, 5, 5, 5), 24) == CORRECT
+
+
+def test_the_solver_brackets_what_it_subtracts_or_divides_by():
+    assert label_of(solve((2, 4, 6), 4, operators="-"), (2, 4, 6), 4) == CORRECT
+    assert label_of(solve((2, 4, 6), 3, operators="/"), (2, 4, 6), 3) == CORRECT
 
 
 def test_the_solver_divides_by_no_zero():
@@ -193,9 +194,7 @@ def retold(expression, target, rng):
     words = [rng.choice(SPELLINGS.get(w, [w])) for w in re.findall(r"\d+|\D", expression)]
     words = [f"({w})" if w.isdigit() and rng.random() < 0.2 else w for w in words]
     text = rng.choice(["{}", "({})", " (( {}) ) "]).format(rng.choice(SPACES).join(words))
-    return text + rng.choice(
-        ["", "=", f"={target}", f" = {target}\n", f" = ({target})", " = +40-0"]
-    )
+    return text + rng.choice(["", "=", f"={target}", f" = {target}\n", f" = ({target})", " = +40-0"])
 
 
 @given(st.sampled_from(PUZZLES), st.sampled_from(RULES), st.randoms())
@@ -289,6 +288,7 @@ NOT_EXPRESSIONS = {
     "exponent": "1e3",
     "imaginary": "3j",
     "product without a sign": "2(3)",
+    "product of a signed number": "2(-3)",
     "two brackets": "(34)(73)",
     "bracket then number": "(34) 73",
     "two numbers": "34 73",
@@ -467,9 +467,7 @@ def test_an_unknown_rule_is_answered_with_the_valid_ones(completion):
 
 TREES = st.recursive(
     st.integers(0, 12) | st.integers(0, 10**25),
-    lambda tree: (
-        st.tuples(st.sampled_from("+-*/"), tree, tree) | st.tuples(st.sampled_from("+-"), tree)
-    ),
+    lambda tree: st.tuples(st.sampled_from("+-*/"), tree, tree) | st.tuples(st.sampled_from("+-"), tree),
     max_leaves=8,
 )
 
@@ -663,9 +661,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(
-    "frame", ["<answer>{}</answer>", "<answer>34+73-67 = {}</answer>", "{}", "<answer>{}"]
-)
+@pytest.mark.parametrize("frame", ["<answer>{}</answer>", "<answer>34+73-67 = {}</answer>", "{}", "<answer>{}"])
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 def test_no_text_is_slow_or_recurses(text, frame):
     completion, limit = frame.format(text), sys.getrecursionlimit()

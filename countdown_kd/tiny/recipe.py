@@ -109,7 +109,7 @@ def train(
     render = partial(tokenizer.apply_chat_template, tokenize=False)
     texts = tokenizer([text.removesuffix("\n") for text in render(conversations)])["input_ids"]
     prompts = tokenizer(render([c[:-1] for c in conversations], add_generation_prompt=True))
-    examples = list(zip(texts, map(len, prompts["input_ids"])))
+    examples = list(zip(texts, map(len, prompts["input_ids"]), strict=True))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
@@ -160,13 +160,11 @@ def make(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for teacher/ and student/")
     parser.add_argument("--only", choices=("teacher", "student"), help="make one of the two")
     parser.add_argument("--steps", type=int, default=1800, help="optimizer steps for the teacher")
-    parser.add_argument("--student-steps", type=int, default=1200, help="and for the student")
+    parser.add_argument("--student-steps", type=int, default=1500, help="and for the student")
     options = parser.parse_args()
 
     torch.set_num_threads(1)  # the sums, and so the weights, do not depend on how many cores there are
@@ -174,10 +172,7 @@ def main() -> None:
     rng = random.Random(0)
 
     def conversations(trace) -> list[list[dict]]:
-        return [
-            short_prompt(puzzle) + [{"role": "assistant", "content": trace(puzzle)}]
-            for puzzle in puzzles
-        ]
+        return [short_prompt(puzzle) + [{"role": "assistant", "content": trace(puzzle)}] for puzzle in puzzles]
 
     shape = dict(
         max_position_embeddings=512,
@@ -220,7 +215,7 @@ def main() -> None:
         )
         make(
             "student", options.out, Qwen2ForCausalLM(config), tokenizer, spoiled,
-            steps=options.student_steps, batch_size=64, learning_rate=2e-3,
+            steps=options.student_steps, batch_size=32, learning_rate=2e-3,
         )  # fmt: skip
 
 

@@ -1,0 +1,73 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from mlflow import MlflowClient
+
+from countdown_kd.config import ROOT, register_resolvers
+
+# No test may look for a hub; a name that is not a folder here must fail at once.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
+register_resolvers()
+
+
+@pytest.fixture
+def cell():
+    """``cell("gen=vllm")`` is the config that launch.py would compose."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        yield lambda *overrides: compose("config", list(overrides))
+
+
+class Launcher:
+    """launch.py in a folder and with an MLflow store of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.uri = f"sqlite:///{folder}/mlflow.db"
+
+    def start(self, *arguments: str, **kwargs) -> subprocess.Popen:
+        environment = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "COLUMNS": "80"}
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "launch.py"), *arguments],
+            cwd=self.folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
+        )  # fmt: skip
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=550)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.uri)
+
+    def runs(self, kind: str) -> list:
+        """The runs of a kind ("cell" or "sweep"), oldest first."""
+        experiment = self.client.get_experiment_by_name("countdown_kd")
+        return self.client.search_runs(
+            [experiment.experiment_id], f"tags.`countdown_kd.kind` = '{kind}'",
+            order_by=["attributes.start_time"],
+        )  # fmt: skip
+
+    def losses(self, run_id: str) -> list[float]:
+        history = self.client.get_metric_history(run_id, "train/loss")
+        return [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+
+
+@pytest.fixture
+def launch(tmp_path):
+    return Launcher(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def launch_once(tmp_path_factory):
+    """For a run that several tests of a module look at."""
+    return Launcher(tmp_path_factory.mktemp("launch"))
+
+
+def option_names(group: str) -> list[str]:
+    return sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml"))

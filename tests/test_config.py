@@ -1,0 +1,151 @@
+"""Every config in the repository composes and means what it says; every mistake is told before anything is loaded."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import option_names
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import OmegaConf
+
+from countdown_kd.config import ROOT, ConfigError, gold_config_fields, validate
+
+GROUPS = ("task", "model", "teacher", "precision", "gen", "dist", "eval", "experiment")
+OPTIONS = [(group, option) for group in GROUPS for option in option_names(group)]
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+PROMISED = {
+    "task": {"tiny", "h4", "jsonl"},
+    "model": {"tiny", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama3.2-1b"},
+    "teacher": {"tiny", "qwen3-4b", "qwen2.5-7b"},
+    "precision": {"bf16", "bf16_pure", "fp32"},
+    "gen": {"hf", "vllm", "vllm_server"},
+    "dist": {"single", "ddp"},
+}
+
+
+def test_every_promised_option_exists():
+    for group, options in PROMISED.items():
+        assert options <= set(option_names(group))
+
+
+@pytest.mark.parametrize("group, option", OPTIONS, ids=lambda value: value)
+def test_every_option_composes_to_a_valid_cell(cell, tmp_path, group, option):
+    overrides = [f"{group}={option}"]
+    if option == "jsonl":
+        line = '{"nums": [1, 2], "target": %d, "messages": [{"role": "user", "content": "?"}, '
+        line += '{"role": "assistant", "content": "!"}]}\n'
+        (tmp_path / "train.jsonl").write_text(line % 3)
+        (tmp_path / "test.jsonl").write_text('{"nums": [1, 2], "target": 1}\n')
+        overrides += [f"task.{side}_file={tmp_path}/{side}.jsonl" for side in ("train", "test")]
+    validate(cell(*overrides))
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_sweep_opens_with_its_question_and_command_and_its_cells_are_valid(cell, file):
+    lines = file.read_text().splitlines()
+    assert lines[1].startswith("# ") and "?" in lines[1]
+    assert f"python launch.py +sweeps={file.stem}" in file.read_text()
+    params = OmegaConf.load(file).hydra.sweeper.params
+    first = [f"{key}={str(values).split(',')[0]}" for key, values in params.items() if "range" not in str(values)]
+    validate(cell(*first))
+
+
+@pytest.mark.parametrize(
+    "precision, weights, autocast, rollouts",
+    [
+        ("fp32", "float32", False, "float32"),
+        ("bf16", "float32", True, "bfloat16"),
+        ("bf16_pure", "bfloat16", False, "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("gen", ["hf", "vllm"])
+def test_precision_sets_weights_autocast_and_rollouts(cell, precision, weights, autocast, rollouts, gen):
+    cfg = cell(f"precision={precision}", f"gen={gen}")
+    assert (cfg.model.dtype, cfg.trainer.bf16, cfg.gen.dtype) == (weights, autocast, rollouts)
+    validate(cfg)
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["+trainer.lmbd=0.3"], "trainer.lmbd: GOLDConfig has no such field; did you mean lmbda?"),
+        (["precision=bf16", "model.dtype=bfloat16"], "Use precision=bf16 (fp32 weights"),
+        (["trainer.num_generations=5"], "Make num_generations a divisor of 16"),
+        (["+trainer.generation_batch_size=3"], "are not the 16 sequences of an optimizer step"),
+        (["gen.dtype=bfloat16"], "with gen=hf the student itself samples, in float32"),
+        (["task=jsonl"], "task.train_file, task.test_file must be given"),
+        (["model.pretrained_model_name_or_path=/no/such"], "/no/such: the folder does not exist"),
+        (["teacher.pretrained_model_name_or_path=./conf"], "./conf: the folder has no config.json"),
+        (["baseline=both"], "baseline=both: it must be student, teacher or null"),
+        (["eval.rule=once"], "eval.rule=once: it must be exactly_once or at_most_once"),
+        (["eval.num_puzzles=0"], "eval.num_puzzles=0: it must be a positive integer"),
+        (["eval.max_new_tokens=128"], "leaves no room for a prompt"),
+        (["dist.nproc_per_node=0"], "dist.nproc_per_node=0: it must be gpu or a positive integer"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_named_with_its_value_its_rule_and_its_fix(cell, monkeypatch, overrides, said):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        validate(cell(*overrides))
+
+
+def test_all_mistakes_are_told_at_once(cell):
+    with pytest.raises(ConfigError) as error:
+        validate(cell("eval.rule=once", "trainer.num_generations=5"))
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_missing_vllm_is_told(cell, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "vllm" else ...)
+    monkeypatch.setattr(
+        "countdown_kd.config.gold_config_fields",
+        lambda: set(cell().trainer) | {"vllm_mode", "vllm_gpu_memory_utilization"},
+    )
+    with pytest.raises(ConfigError, match="vLLM is not installed. Run `make setup`"):
+        validate(cell("gen=vllm"))
+
+
+def test_an_option_that_does_not_exist_is_answered_with_those_that_do(cell):
+    with pytest.raises(MissingConfigException, match="qwen2.5-0.5b"):
+        cell("model=qwen")
+
+
+def test_a_key_that_does_not_exist_is_refused(cell):
+    with pytest.raises(ConfigCompositionException, match="lmbd"):
+        cell("trainer.lmbd=0.3")
+
+
+def test_the_field_names_read_from_source_are_those_of_the_class():
+    from dataclasses import fields
+
+    from trl.experimental.gold import GOLDConfig
+
+    assert gold_config_fields() == {field.name for field in fields(GOLDConfig) if field.init}
+
+
+def test_help_and_composing_import_no_torch():
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path('launch.py', run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'mlflow' not in sys.modules"
+    )
+    for arguments in (["--help"], ["gen=vllm", "--cfg", "job"]):
+        result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "vllm" in result.stdout
+
+
+def test_every_command_that_the_readme_quotes_composes(cell):
+    commands = re.findall(r"python launch\.py([^\n`#]*)", (ROOT / "README.md").read_text())
+    assert len(commands) > 5
+    for command in commands:
+        words = shlex.split(command)
+        overrides = [word.split(",")[0] for word in words if "=" in word and not word.startswith(("+sweeps", "hydra"))]
+        validate(cell(*overrides))
+        for word in words:
+            if word.startswith("+sweeps="):
+                assert (ROOT / "sweeps" / f"{word.removeprefix('+sweeps=')}.yaml").exists()

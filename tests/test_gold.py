@@ -1,0 +1,179 @@
+"""What we add to GOLDTrainer, with the trainer itself and vLLM's own engine."""
+
+import multiprocessing
+import time
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import open_dict
+
+from countdown_kd import perf
+from countdown_kd.compare import PHASE_COLOURS
+from countdown_kd.config import ROOT
+from countdown_kd.gold import CountdownTrainer, rollout_lengths
+from countdown_kd.run import load
+
+
+def make_trainer(folder, *overrides) -> CountdownTrainer:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["task.num_train=64", "trainer.max_steps=4", *overrides])
+    with open_dict(cfg):
+        cfg.trainer.output_dir = str(folder)
+    student, tokenizer = load(cfg.model)
+    teacher, _ = load(cfg.teacher)
+    return CountdownTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=instantiate(cfg.trainer, use_cpu=True),
+        gen=cfg.gen,
+        train_dataset=instantiate(cfg.task).conversations(),
+        processing_class=tokenizer,
+    )
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("trained"), "trainer.gradient_accumulation_steps=2")
+    trainer.train()
+    return trainer
+
+
+def test_training_starts_as_trl_itself_does(tmp_path):
+    """All on-policy draws equal (lambda 0): the losses are plain GOLDTrainer's, digit for digit."""
+    from trl.experimental.gold import GOLDTrainer
+
+    ours = make_trainer(tmp_path, "trainer.lmbda=0.0")
+    theirs = make_trainer(tmp_path, "trainer.lmbda=0.0")
+    for name in ("training_step", "compute_loss", "_fill_buffer", "_generate_on_policy_for_slices"):
+        setattr(theirs, name, getattr(GOLDTrainer, name).__get__(theirs))
+    ours.train()
+    theirs.train()
+    assert losses(ours) == losses(theirs)
+
+
+def test_draws_depend_on_seed_and_step_alone(tmp_path, trained):
+    again = make_trainer(tmp_path, "trainer.gradient_accumulation_steps=2", "precision=bf16")
+    again.train()
+    other = make_trainer(tmp_path, "trainer.gradient_accumulation_steps=2", "seed=7")
+    other.train()
+    assert trained.draws == again.draws != other.draws
+    assert [len(flags) for flags in trained.draws] == [2] * 4
+
+
+def test_phases_add_up_to_the_step_and_every_one_is_seen(trained):
+    clock = trained.clock
+    assert len(clock.step_s) == 4
+    for step, phases in zip(clock.step_s, clock.phase_s, strict=True):
+        assert sum(phases.values()) == pytest.approx(step)
+    seen = set().union(*clock.phase_s)
+    assert seen == set(perf.PHASES) - {"sync"}
+
+
+def test_metrics_have_the_promised_names(trained):
+    metrics = trained.clock.metrics(samples_per_step=32)
+    phases = {f"perf/phase/{phase}_s" for phase in perf.PHASES}
+    assert set(metrics) == phases | {
+        "perf/s_per_it", "perf/samples_per_s", "perf/rollout_tokens_per_s", "perf/peak_memory_gib",
+    }  # fmt: skip
+    assert metrics["perf/samples_per_s"] == pytest.approx(32 / metrics["perf/s_per_it"])
+
+
+def test_the_figure_has_a_colour_for_every_phase():
+    assert tuple(PHASE_COLOURS) == perf.PHASES
+
+
+def test_a_phase_inside_another_pauses_it():
+    clock = perf.StepClock()
+    clock.on_step_begin(None, None, None)
+    with clock.phase("loss"):
+        time.sleep(0.02)
+        with clock.phase("teacher"):
+            time.sleep(0.05)
+        time.sleep(0.02)
+    with clock.phase("generate"), clock.phase("student"):
+        time.sleep(0.03)
+    clock.on_step_end(None, None, None)
+    (seconds,) = clock.phase_s
+    assert set(seconds) == {"optimizer", "loss", "teacher", "generate"}, "sampling calls the student too"
+    assert 0.04 <= seconds["loss"] and 0.05 <= seconds["teacher"] and 0.03 <= seconds["generate"]
+
+
+def test_warm_up_is_left_out_of_the_median():
+    clock = perf.StepClock()
+    clock.step_s = [9.0, 9.0, 9.0, 1.0, 2.0, 1.0]
+    clock.phase_s = [{phase: 1.0 for phase in perf.PHASES}] * 6
+    clock.rollout_tokens = [1000, 1000, 1000, 10, 20, 30]
+    metrics = clock.metrics(samples_per_step=4)
+    assert metrics["perf/s_per_it"] == 1.0
+    assert metrics["perf/rollout_tokens_per_s"] == 20.0
+
+
+def test_a_rollout_is_truncated_when_no_end_of_sequence_came():
+    end, other = 5, 7
+    labels = torch.tensor([[-100, other, end, -100], [-100, other, other, other], [end, -100, -100, other]])
+    tokens, truncated = rollout_lengths(labels, [end, 6])
+    assert tokens.tolist() == [2, 3, 2]
+    assert truncated.tolist() == [False, True, False]
+
+
+def _compare_log_probabilities(folder, precision, queue):
+    trainer = make_trainer(
+        folder,
+        "gen=vllm",
+        f"precision={precision}",
+        "trainer.lmbda=1.0",
+        "trainer.learning_rate=5e-3",
+    )
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = max((p - before[n]).abs().max().item() for n, p in trainer.model.named_parameters())
+
+    from vllm import SamplingParams
+
+    engine, tokenizer = trainer.vllm_generation, trainer.processing_class
+    engine.sync_weights()
+    ids = tokenizer("<|im_start|>user\nMake 11 of 7,15,3<|im_end|>\n<think>25 19 11</think>")["input_ids"]
+    (output,) = engine.llm.generate(
+        [{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
+    )
+    vllm = [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+    model = trainer.model.eval()
+    with torch.no_grad():
+        student = torch.log_softmax(model(torch.tensor([ids])).logits.float(), dim=-1)[0]
+        for name, parameter in model.named_parameters():
+            parameter.copy_(before[name])
+        untrained = torch.log_softmax(model(torch.tensor([ids])).logits.float(), dim=-1)[0]
+    picked = torch.arange(len(ids) - 1), torch.tensor(ids[1:])
+    queue.put(
+        {
+            "moved": moved,
+            "dtype": str(engine.llm.llm_engine.model_config.dtype),
+            "to_student": (student[picked] - torch.tensor(vllm)).abs().max().item(),
+            "to_untrained": (untrained[picked] - torch.tensor(vllm)).abs().max().item(),
+        }
+    )
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.1)])
+def test_vllm_samples_from_the_trained_weights_in_the_rollout_dtype(tmp_path, monkeypatch, precision, tolerance):
+    """Log-probabilities of vLLM after training are the student's, and far from the untrained student's."""
+    for name, value in {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    context = multiprocessing.get_context("spawn")  # an engine changes its process for good
+    queue = context.Queue()
+    process = context.Process(target=_compare_log_probabilities, args=(tmp_path, precision, queue))
+    process.start()
+    result = queue.get(timeout=500)
+    process.join(60)
+    assert result["dtype"] == ("torch.float32" if precision == "fp32" else "torch.bfloat16")
+    assert result["to_student"] < tolerance
+    assert result["to_untrained"] > 10 * tolerance

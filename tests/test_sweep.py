@@ -1,0 +1,213 @@
+"""launch.py as its users run it: whole cells in processes of their own, a real MLflow store."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import yaml
+
+from countdown_kd.countdown import FAILURES
+from countdown_kd.perf import PHASES
+
+SHORT = ("trainer.max_steps=4", "trainer.per_device_train_batch_size=4", "eval.num_puzzles=20")
+EVALUATED = {
+    f"{prefix}/{name}"
+    for prefix in ("eval", "eval_before")
+    for name in (
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+        "truncated_frac",
+        *(f"failures/{f}" for f in FAILURES),
+    )
+}
+TRAINED = {"train/loss", "rollout/mean_tokens", "rollout/truncated_frac"} | {
+    "perf/s_per_it", "perf/samples_per_s", "perf/rollout_tokens_per_s", "perf/peak_memory_gib",
+    *(f"perf/phase/{phase}_s" for phase in PHASES),
+}  # fmt: skip
+
+
+def artifact(launch, run_id, path):
+    return launch.client.download_artifacts(run_id, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# The main job: a sweep over precision and generation backend
+
+
+@pytest.fixture(scope="module")
+def sweep(launch_once):
+    result = launch_once("-m", "precision=bf16,fp32", "gen=vllm,hf", *SHORT)
+    assert result.returncode == 0, result.stderr
+    return launch_once, result.stdout
+
+
+def test_four_cells_finish_under_one_parent(sweep):
+    launch, _ = sweep
+    (parent,) = launch.runs("sweep")
+    cells = launch.runs("cell")
+    assert {parent.info.status, *(cell.info.status for cell in cells)} == {"FINISHED"}
+    assert [(c.data.params["precision"], c.data.params["gen"]) for c in cells] == [
+        ("bf16", "vllm"), ("bf16", "hf"), ("fp32", "vllm"), ("fp32", "hf"),
+    ]  # fmt: skip
+    assert {cell.data.tags["mlflow.parentRunId"] for cell in cells} == {parent.info.run_id}
+
+
+def test_every_cell_has_the_promised_metrics(sweep):
+    launch, _ = sweep
+    for cell in launch.runs("cell"):
+        assert EVALUATED | TRAINED <= set(cell.data.metrics), cell.info.run_name
+        assert {"train/on_policy_loss", "train/off_policy_loss"} & set(cell.data.metrics)
+        assert len(launch.losses(cell.info.run_id)) == 4
+        failures = sum(cell.data.metrics[f"eval/failures/{label}"] for label in FAILURES)
+        assert failures + 20 * cell.data.metrics["eval/accuracy"] == pytest.approx(20)
+        assert cell.data.metrics["perf/phase/sync_s"] > 0 or cell.data.params["gen"] == "hf"
+
+
+def test_the_effective_config_tells_the_cells_apart(sweep):
+    launch, _ = sweep
+    for cell in launch.runs("cell"):
+        file = artifact(launch, cell.info.run_id, "config/effective.yaml")
+        effective = yaml.safe_load(open(file))
+        precision, gen = cell.data.params["precision"], cell.data.params["gen"]
+        assert effective["rollout"] == {
+            "backend": "hf" if gen == "hf" else "vllm colocate",
+            "dtype": "bfloat16" if precision == "bf16" else "float32",
+        }
+        assert effective["trainer"]["bf16"] == (precision == "bf16")
+        assert effective["student"]["dtypes"] == {"float32": effective["student"]["parameters"]}
+        assert effective["global_batch"] == 4 and effective["world_size"] == 1
+        assert effective["versions"]["trl"] and effective["data"]["fingerprint"]
+        assert effective["student"]["tokenizer_fingerprint"] != effective["teacher"]["tokenizer_fingerprint"]
+
+
+def test_cells_draw_the_same_on_policy_steps_and_see_the_same_puzzles(sweep):
+    launch, _ = sweep
+    draws, puzzles = [], []
+    for cell in launch.runs("cell"):
+        draws.append(open(artifact(launch, cell.info.run_id, "on_policy_draws.json")).read())
+        table = json.load(open(artifact(launch, cell.info.run_id, "eval_predictions.json")))
+        assert table["columns"][:3] == ["numbers", "target", "label"]
+        puzzles.append([row[:2] for row in table["data"]])
+    assert len(set(draws)) == 1
+    assert all(each == puzzles[0] for each in puzzles)
+
+
+def test_the_sweep_ends_with_a_table_a_figure_and_the_way_to_the_ui(sweep):
+    launch, printed = sweep
+    tail = printed[printed.index("precision") :]
+    assert max(map(len, tail.splitlines()[:9])) <= 80
+    for row in ("bf16      vllm", "bf16      hf", "fp32      vllm", "fp32      hf"):
+        assert row in tail
+    assert f"mlflow ui --backend-store-uri {launch.uri}" in printed
+    (figure,) = launch.folder.glob("multirun/*/*/summary.png")
+    assert str(figure) in printed and figure.read_bytes().startswith(b"\x89PNG")
+    (parent,) = launch.runs("sweep")
+    assert "summary.png" in [file.path for file in launch.client.list_artifacts(parent.info.run_id)]
+
+
+def test_the_trained_student_is_kept_without_pickles(sweep):
+    launch, _ = sweep
+    folders = list(launch.folder.glob("multirun/*/*/*/student"))
+    assert len(folders) == 4
+    for folder in folders:
+        assert (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
+    assert not [f for pattern in ("*.bin", "*.pt", "*.pkl", "*.pth") for f in launch.folder.rglob(pattern)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Reproducibility
+
+
+def test_the_same_cell_twice_has_the_same_losses_digit_for_digit(launch):
+    result = launch("-m", "seed=3,3", "gen=hf", *SHORT)
+    assert result.returncode == 0, result.stderr
+    one, two = launch.runs("cell")
+    assert launch.losses(one.info.run_id) == launch.losses(two.info.run_id)
+    assert one.data.metrics["eval/accuracy"] == two.data.metrics["eval/accuracy"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Other ways to run
+
+
+def test_a_model_is_evaluated_without_training_it(launch):
+    result = launch("-m", "baseline=student,teacher", "eval.num_puzzles=100")
+    assert result.returncode == 0, result.stderr
+    student, teacher = launch.runs("cell")
+    assert student.data.metrics["eval/accuracy"] < 0.5 < teacher.data.metrics["eval/accuracy"]
+    assert "train/loss" not in teacher.data.metrics
+    assert "teacher" in result.stdout
+
+
+def test_two_ranks_share_one_run(launch):
+    result = launch("dist=ddp", "dist.nproc_per_node=2", *SHORT)
+    assert result.returncode == 0, result.stderr
+    (cell,) = launch.runs("cell")
+    assert cell.data.params["global_batch"] == "8"
+    assert len(launch.losses(cell.info.run_id)) == 4
+    assert EVALUATED | TRAINED <= set(cell.data.metrics)
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs end as what they were
+
+
+def test_a_mistake_in_one_cell_is_told_before_any_cell_runs(launch):
+    result = launch("-m", "trainer.num_generations=1,5", *SHORT[:1])
+    assert result.returncode == 2
+    assert "Nothing was started" in result.stderr and "a divisor of 16" in result.stderr
+    assert "trainer.num_generations=5" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (launch.folder / "mlflow.db").exists()
+
+
+def test_one_failed_cell_is_failed_and_the_others_go_on(launch):
+    # A value that only GOLDConfig itself refuses.
+    result = launch("-m", "trainer.beta=2.0,0.0", *SHORT)
+    assert result.returncode == 1
+    failed, finished = launch.runs("cell")
+    assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
+    (parent,) = launch.runs("sweep")
+    assert parent.info.status == "FAILED"
+    assert "FAILED" in result.stdout, "the table tells"
+    assert "beta must be in the range" in result.stderr
+
+
+def wait_for_training(launch, process):
+    deadline = time.time() + 300
+    while time.time() < deadline and process.poll() is None:
+        time.sleep(1)
+        if (launch.folder / "mlflow.db").exists():
+            try:
+                cells = launch.runs("cell")
+            except Exception:  # the store is being made
+                continue
+            if cells and launch.losses(cells[0].info.run_id):
+                return cells[0]
+    raise AssertionError(process.communicate())
+
+
+LONG = ("trainer.max_steps=500", *SHORT[1:])
+
+
+def test_after_ctrl_c_the_runs_are_killed(launch):
+    process = launch.start("-m", "seed=1,2", *LONG)
+    wait_for_training(launch, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert [run.info.status for run in launch.runs("cell") + launch.runs("sweep")] == ["KILLED"] * 2
+    assert "stopped by Ctrl-C" in err and "1 of 2 cells never started" in out
+
+
+def test_a_cell_whose_process_is_killed_is_killed(launch):
+    process = launch.start(*LONG)
+    wait_for_training(launch, process)
+    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "killed by SIGKILL" in err
+    assert [run.info.status for run in launch.runs("cell")] == ["KILLED"]
