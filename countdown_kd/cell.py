@@ -48,7 +48,9 @@ def run_cell(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     config_file = folder / "cell.yaml"
-    OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), config_file)
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    del resolved["tracking"]  # the store's address may hold a password; the cell gets it in its environment
+    OmegaConf.save(OmegaConf.create(resolved), config_file)
 
     client, experiment_id = tracking.open_store(cfg.tracking)
     run_id = tracking.start_run(client, experiment_id, cell_name(hydra), cell_params(cfg, hydra), kind="cell")
@@ -95,7 +97,8 @@ def cell_params(cfg: DictConfig, hydra: DictConfig) -> dict[str, str]:
     params["seed"] = str(cfg.seed)
     for override in hydra.overrides.task:
         key, _, value = override.lstrip("+~").partition("=")
-        params.setdefault(key, value)
+        if not key.startswith("tracking."):
+            params.setdefault(key, value)
     return params
 
 

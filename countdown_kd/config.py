@@ -52,6 +52,9 @@ def _problems(cfg: DictConfig) -> Iterator[str]:
             yield f"trainer.{key}: GOLDConfig has no such field{hint}"
 
     trainer = cfg.trainer
+    for key in ("hub_token", "push_to_hub_token"):
+        if trainer.get(key):
+            yield f"trainer.{key}: configs are stored and shown; set HF_TOKEN in the environment instead"
     if trainer.get("bf16") and cfg.model.dtype == "bfloat16":
         yield (
             "trainer.bf16=true over model.dtype=bfloat16: autocast wants fp32 weights, or small updates are rounded "

@@ -79,9 +79,9 @@ def evaluate(
     interval = binomtest(counts[CORRECT], len(rows)).proportion_ci(0.95, method="wilson")
     metrics = {
         "accuracy": counts[CORRECT] / len(rows),
-        "accuracy_low": interval.low,
-        "accuracy_high": interval.high,
-        "truncated_frac": predictions["truncated"].mean(),
+        "accuracy_low": float(interval.low),
+        "accuracy_high": float(interval.high),
+        "truncated_frac": float(predictions["truncated"].mean()),
         **{f"failures/{label}": float(counts[label]) for label in FAILURES},
     }
     return Evaluation(metrics, predictions)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
+import torch._dynamo
 from accelerate import Accelerator
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -33,6 +34,11 @@ class VLLM(VLLMGeneration):
     def _init_vllm(self):
         if self.mode == "server":
             return super()._init_vllm()
+        if self.accelerator.device.type == "cpu":
+            # Compiling takes longer than it saves on small models, and a C++ compiler that may not be there; vLLM's
+            # sampler is compiled whatever enforce_eager says.
+            self.llm_arguments["enforce_eager"] = True
+            torch._dynamo.config.disable = True
         engine = vllm_generation.LLM
         with mock.patch.object(vllm_generation, "LLM", lambda **theirs: engine(**(theirs | self.llm_arguments))):
             super()._init_vllm()

@@ -42,7 +42,7 @@ class SweepCallback(Callback):
         self.uri = config.tracking.uri
         self.folder = Path(config.hydra.sweep.dir).resolve()
         self.client, experiment_id = tracking.open_store(config.tracking)
-        swept = [o for o in _overrides(config) if not o.startswith("hydra")]
+        swept = [o for o in _overrides(config) if not o.lstrip("+~").startswith(("hydra", "tracking."))]
         self.run_id = tracking.start_run(self.client, experiment_id, " ".join(swept) or "sweep", {}, kind="sweep")
         os.environ[tracking.SWEEP_RUN_ID] = self.run_id
         # Hydra calls on_multirun_end only after a sweep without an error.

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
@@ -88,9 +89,12 @@ def git(*arguments: str) -> str:
 
 
 def ui_command(uri: str) -> str:
-    """How to open MLflow's UI on this store, ready to paste."""
-    if uri.startswith(("http://", "https://")):
-        return f"open {uri}"
+    """How to open MLflow's UI on this store, ready to paste; a password in its address is not shown."""
+    address = urlsplit(uri)
+    if address.scheme in ("http", "https"):
+        return f"open {address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
+    if address.password:
+        uri = '"$MLFLOW_TRACKING_URI"'
     beside = Path(sys.executable).with_name("mlflow")
     program = "mlflow" if shutil.which("mlflow") or not beside.exists() else str(beside)
     return f"{program} ui --backend-store-uri {uri}"

@@ -48,13 +48,13 @@ CHAT_TEMPLATE = (
 
 # What goes wrong in a student's trace, and how often.
 SPOILS = {
-    "none": 26,
-    "no_tags": 20,
-    "foreign_number": 20,
-    "unbalanced": 18,
+    "none": 24,
+    "no_tags": 19,
+    "foreign_number": 19,
+    "unbalanced": 17,
+    "gives_up": 10,  # answers with the first sum, whatever the target
     "broken_left": 6,
     "broken_right": 5,
-    "other_target": 5,
 }
 
 
@@ -66,17 +66,16 @@ def spoiled_trace(puzzle: Puzzle, rng: random.Random) -> str:
     if kind == "no_tags":
         return f"{think}{left}={right}"
     if kind == "foreign_number":
-        numbers = [str(n) for n in puzzle.numbers]
-        left = left.replace(rng.choice(numbers), str(rng.randint(26, 50)), 1)
+        number = str(rng.choice(puzzle.numbers))
+        left = left.replace(number, str(rng.randint(26, 50)), 1)
     elif kind == "unbalanced":
         right = str(max(1, int(right) + rng.choice((-10, -2, -1, 1, 2, 10))))
+    elif kind == "gives_up":
+        return tiny_trace(Puzzle(puzzle.numbers, sum(puzzle.numbers)))
     elif kind == "broken_left":
-        left = left + rng.choice("+-")
+        left += rng.choice("+-")
     elif kind == "broken_right":
         right = "?"
-    elif kind == "other_target":
-        left = "+".join(str(n) for n in sorted(puzzle.numbers, reverse=True))
-        right = str(sum(puzzle.numbers))
     return f"{think}<answer>{left}={right}</answer>"
 
 
