@@ -50,6 +50,10 @@ class VLLM(VLLMGeneration):
         # ones. reload_weights unpacks, loads all and packs again.
         runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
         runner.reload_weights(weights_iterator=self._iter_named_params())
+        if self.model.config.tie_word_embeddings:
+            # A tied output layer has no weights of its own to load, yet a packed copy, which would stay as it was.
+            head = runner.get_model().lm_head
+            head.quant_method.process_weights_after_loading(head)
         self.llm.reset_prefix_cache()
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from omegaconf import open_dict
 
 from countdown_kd import perf
 from countdown_kd.compare import PHASE_COLOURS
-from countdown_kd.config import ROOT
+from countdown_kd.config import ROOT, register_resolvers
 from countdown_kd.gold import CountdownTrainer, rollout_lengths
 from countdown_kd.run import load
+
+register_resolvers()  # also in the processes that are spawned below
 
 
 def make_trainer(folder, *overrides) -> CountdownTrainer:
@@ -122,7 +125,7 @@ def test_a_rollout_is_truncated_when_no_end_of_sequence_came():
     assert truncated.tolist() == [False, True, False]
 
 
-def _compare_log_probabilities(folder, precision, queue):
+def compare_log_probabilities(folder, precision):
     trainer = make_trainer(
         folder,
         "gen=vllm",
@@ -150,14 +153,12 @@ def _compare_log_probabilities(folder, precision, queue):
             parameter.copy_(before[name])
         untrained = torch.log_softmax(model(torch.tensor([ids])).logits.float(), dim=-1)[0]
     picked = torch.arange(len(ids) - 1), torch.tensor(ids[1:])
-    queue.put(
-        {
-            "moved": moved,
-            "dtype": str(engine.llm.llm_engine.model_config.dtype),
-            "to_student": (student[picked] - torch.tensor(vllm)).abs().max().item(),
-            "to_untrained": (untrained[picked] - torch.tensor(vllm)).abs().max().item(),
-        }
-    )
+    return {
+        "moved": moved,
+        "dtype": str(engine.llm.llm_engine.model_config.dtype),
+        "to_student": (student[picked] - torch.tensor(vllm)).abs().max().item(),
+        "to_untrained": (untrained[picked] - torch.tensor(vllm)).abs().max().item(),
+    }
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.1)])
@@ -168,12 +169,9 @@ def test_vllm_samples_from_the_trained_weights_in_the_rollout_dtype(tmp_path, mo
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    context = multiprocessing.get_context("spawn")  # an engine changes its process for good
-    queue = context.Queue()
-    process = context.Process(target=_compare_log_probabilities, args=(tmp_path, precision, queue))
-    process.start()
-    result = queue.get(timeout=500)
-    process.join(60)
+    # An engine changes its process for good.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        result = pool.submit(compare_log_probabilities, tmp_path, precision).result(timeout=500)
     assert result["dtype"] == ("torch.float32" if precision == "fp32" else "torch.bfloat16")
     assert result["to_student"] < tolerance
     assert result["to_untrained"] > 10 * tolerance
