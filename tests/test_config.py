@@ -30,16 +30,19 @@ def test_every_promised_option_exists():
         assert options <= set(option_names(group))
 
 
+@pytest.fixture
+def jsonl_pair(tmp_path, monkeypatch):
+    """train.jsonl and test.jsonl in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    messages = '[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]'
+    (tmp_path / "train.jsonl").write_text(f'{{"nums": [1, 2], "target": 3, "messages": {messages}}}\n')
+    (tmp_path / "test.jsonl").write_text('{"nums": [1, 2], "target": 1}\n')
+
+
 @pytest.mark.parametrize("group, option", OPTIONS, ids=lambda value: value)
-def test_every_option_composes_to_a_valid_cell(cell, tmp_path, group, option):
-    overrides = [f"{group}={option}"]
-    if option == "jsonl":
-        line = '{"nums": [1, 2], "target": %d, "messages": [{"role": "user", "content": "?"}, '
-        line += '{"role": "assistant", "content": "!"}]}\n'
-        (tmp_path / "train.jsonl").write_text(line % 3)
-        (tmp_path / "test.jsonl").write_text('{"nums": [1, 2], "target": 1}\n')
-        overrides += [f"task.{side}_file={tmp_path}/{side}.jsonl" for side in ("train", "test")]
-    validate(cell(*overrides))
+def test_every_option_composes_to_a_valid_cell(cell, jsonl_pair, group, option):
+    files = ["task.train_file=train.jsonl", "task.test_file=test.jsonl"] if option == "jsonl" else []
+    validate(cell(f"{group}={option}", *files))
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
@@ -140,7 +143,7 @@ def test_help_and_composing_import_no_torch():
         assert "vllm" in result.stdout
 
 
-def test_every_command_that_the_readme_quotes_composes(cell):
+def test_every_command_that_the_readme_quotes_composes(cell, jsonl_pair):
     commands = re.findall(r"python launch\.py([^\n`#]*)", (ROOT / "README.md").read_text())
     assert len(commands) > 5
     for command in commands:
