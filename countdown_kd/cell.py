@@ -59,6 +59,7 @@ def run_cell(cfg: DictConfig) -> float:
         "MLFLOW_TRACKING_URI": cfg.tracking.uri,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
+    log.info("starting a process for the cell; importing torch, TRL and vLLM takes it a while")
     status = "KILLED"
     try:
         # A session of its own: Ctrl-C reaches us alone, and we decide what the cell and its ranks are sent.
@@ -97,7 +98,7 @@ def cell_params(cfg: DictConfig, hydra: DictConfig) -> dict[str, str]:
     params["seed"] = str(cfg.seed)
     for override in hydra.overrides.task:
         key, _, value = override.lstrip("+~").partition("=")
-        if not key.startswith("tracking."):
+        if key != "sweeps" and not key.startswith("tracking."):
             params.setdefault(key, value)
     return params
 

@@ -78,7 +78,7 @@ def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = swept_params(cells)
     for name in names:
-        table.add_column(name.removeprefix("trainer."))
+        table.add_column(name.removeprefix("trainer."), overflow="fold")
     for header in ("loss", "s/it", "samples\n/s", "global\nbatch", "peak\nGiB"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("solved, %\nbefore → after", no_wrap=True)
@@ -159,7 +159,7 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
                 markersize=7, markerfacecolor=colour if filled else "white",
             )  # fmt: skip
     accuracies.set(
-        title="Held-out puzzles solved (○ before, ● after; 95 %)", xlabel="%", xlim=(0, 100),
+        title="Puzzles solved: ○ before, ● after (95 %)", xlabel="%", xlim=(0, 100),
         yticks=list(rows), yticklabels=labels, ylim=(len(cells) - 0.5, -0.5),
     )  # fmt: skip
     accuracies.grid(axis="x", alpha=0.25)
@@ -174,7 +174,7 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
             rate = cell.data.metrics["perf/samples_per_s"]
             times.text(end, row, f" {rate:.1f} samples/s", va="center", fontsize=9)
     times.set(
-        title="Where an iteration's time goes (mean)", xlabel="seconds an optimizer step",
+        title="Where an iteration's time goes", xlabel="seconds an optimizer step",
         yticks=list(rows), yticklabels=[], ylim=(len(cells) - 0.5, -0.5),
         xlim=(0, 1.35 * max(starts) or 1),
     )  # fmt: skip

@@ -145,13 +145,11 @@ def main(config_file: str) -> None:
             logging.FileHandler(Path(config_file).with_name("run.log")),
         ],
     )
-    # What the libraries say at every run and nobody can act on.
-    for chatty, level in {
-        "httpx": logging.WARNING,
-        "mlflow": logging.WARNING,
-        "transformers": logging.ERROR,
-    }.items():
-        logging.getLogger(chatty).setLevel(level)
+    # What libraries say at every run and nobody can act on.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     is_rank_0 = int(os.environ.get("RANK", 0)) == 0

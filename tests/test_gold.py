@@ -135,7 +135,6 @@ def compare_log_probabilities(folder, precision):
     )
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    moved = max((p - before[n]).abs().max().item() for n, p in trainer.model.named_parameters())
 
     from vllm import SamplingParams
 
@@ -154,14 +153,13 @@ def compare_log_probabilities(folder, precision):
         untrained = torch.log_softmax(model(torch.tensor([ids])).logits.float(), dim=-1)[0]
     picked = torch.arange(len(ids) - 1), torch.tensor(ids[1:])
     return {
-        "moved": moved,
         "dtype": str(engine.llm.llm_engine.model_config.dtype),
-        "to_student": (student[picked] - torch.tensor(vllm)).abs().max().item(),
-        "to_untrained": (untrained[picked] - torch.tensor(vllm)).abs().max().item(),
+        "to_student": (student[picked] - torch.tensor(vllm)).abs().mean().item(),
+        "to_untrained": (untrained[picked] - torch.tensor(vllm)).abs().mean().item(),
     }
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.1)])
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 0.05)])
 def test_vllm_samples_from_the_trained_weights_in_the_rollout_dtype(tmp_path, monkeypatch, precision, tolerance):
     """Log-probabilities of vLLM after training are the student's, and far from the untrained student's."""
     for name, value in {

@@ -202,7 +202,8 @@ def main() -> None:
     if options.only != "teacher":
         set_seed(1)
         spoiled = conversations(lambda puzzle: spoiled_trace(puzzle, rng))
-        tokenizer = make_tokenizer([m["content"] for c in spoiled for m in c], vocab_size=284)
+        # Too few merges for whole words: where the teacher has "answer" the student has "answ", "er".
+        tokenizer = make_tokenizer([m["content"] for c in spoiled for m in c], vocab_size=268)
         config = Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
