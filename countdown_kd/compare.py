@@ -83,9 +83,6 @@ def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("solved, %\nbefore → after", no_wrap=True)
     table.add_column("cut\noff", justify="right", no_wrap=True)
-    ended_well = all(cell.info.status == "FINISHED" for cell in cells)
-    if not ended_well:
-        table.add_column("")
 
     for cell in cells:
         metrics = cell.data.metrics
@@ -95,6 +92,9 @@ def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
 
         loss = final_loss(client, cell)
         before, after = solved(metrics, "eval_before"), solved(metrics, "eval")
+        accuracy = f"{before} → {after}" if before and after else after or before or "–"
+        if cell.info.status != "FINISHED":
+            accuracy = cell.info.status  # it has no result to compare, whatever it got to
         row = [cell.data.params.get(name, "–") for name in names]
         row += [
             f"{loss:.4f}" if loss is not None else "–",
@@ -102,11 +102,9 @@ def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
             shown("perf/samples_per_s", ".1f"),
             cell.data.params.get("global_batch", "–") if loss is not None else "–",
             shown("perf/peak_memory_gib", ".1f"),
-            f"{before} → {after}" if before else after or "–",
+            accuracy,
             shown("eval/truncated_frac", ".0%"),
         ]
-        if not ended_well:
-            row.append("" if cell.info.status == "FINISHED" else cell.info.status)
         table.add_row(*row)
     return table
 
