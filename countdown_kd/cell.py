@@ -128,7 +128,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
 
 def _stop(process: subprocess.Popen) -> None:
     log.info("stopping the cell (%d s at most)", PATIENCE_S)
-    for sent in (signal.SIGINT, signal.SIGKILL):
+    for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sent)
             process.wait(PATIENCE_S)

@@ -194,7 +194,9 @@ LONG = ("trainer.max_steps=500", *SHORT[1:])
 
 
 def test_after_ctrl_c_the_runs_are_killed(launch):
-    process = launch.start("-m", "seed=1,2", *LONG)
+    # Where the tests themselves run in the background, Ctrl-C is ignored and would be below.
+    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = launch.start("-m", "seed=1,2", *LONG, **listen)
     wait_for_training(launch, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

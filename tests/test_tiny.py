@@ -38,11 +38,13 @@ def test_digits_are_cut_singly(role):
     assert tokenizer.tokenize("25-11+3=17") == list("25-11+3=17")
 
 
-def test_the_vocabularies_differ_and_cut_the_same_text_differently():
+def test_the_vocabularies_differ_yet_cut_the_traces_alike():
     teacher, student = (AutoTokenizer.from_pretrained(FOLDER / role) for role in PAIR)
-    assert teacher.get_vocab() != student.get_vocab()
-    text = tiny_trace(next(tiny_puzzles(seed=0)))
-    assert teacher.tokenize(text) != student.tokenize(text)
+    assert set(teacher.get_vocab()) != set(student.get_vocab())
+    assert teacher.get_vocab()["answer"] != student.get_vocab()["answer"]
+    for puzzle in islice(tiny_puzzles(seed=0), 50):
+        text = tiny_trace(puzzle)
+        assert teacher.tokenize(text) == student.tokenize(text), "else the hybrid loss has no signal there"
 
 
 def test_no_pickled_weights_are_shipped():

@@ -85,7 +85,9 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> Qwen2Tokenizer:
     The class matters: transformers loads the tokenizer of a Qwen2 or Qwen3 model as Qwen2Tokenizer whatever was
     saved beside it, so only one that was a Qwen2Tokenizer from the start gives the same ids after loading. Its
     pre-tokenizer cuts digits singly, which the hybrid loss needs: where one side has a token for "11" and the
-    other has two for "1", "1", multi-digit numbers get no signal.
+    other has two for "1", "1", multi-digit numbers get no signal. Words are no different, so the vocabularies here are
+    large enough for whole ones: with "answ", "er" on the student's side against the teacher's "answer" the student
+    unlearnt the tag, and solved 0 to 1 % after 60 steps instead of 73 %, under either merge strategy.
     """
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
@@ -202,8 +204,7 @@ def main() -> None:
     if options.only != "teacher":
         set_seed(1)
         spoiled = conversations(lambda puzzle: spoiled_trace(puzzle, rng))
-        # Too few merges for whole words: where the teacher has "answer" the student has "answ", "er".
-        tokenizer = make_tokenizer([m["content"] for c in spoiled for m in c], vocab_size=268)
+        tokenizer = make_tokenizer([m["content"] for c in spoiled for m in c], vocab_size=284)
         config = Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
