@@ -41,7 +41,6 @@ def test_digits_are_cut_singly(role):
 def test_the_vocabularies_differ_yet_cut_the_traces_alike():
     teacher, student = (AutoTokenizer.from_pretrained(FOLDER / role) for role in PAIR)
     assert set(teacher.get_vocab()) != set(student.get_vocab())
-    assert teacher.get_vocab()["answer"] != student.get_vocab()["answer"]
     for puzzle in islice(tiny_puzzles(seed=0), 50):
         text = tiny_trace(puzzle)
         assert teacher.tokenize(text) == student.tokenize(text), "else the hybrid loss has no signal there"
