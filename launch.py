@@ -1,19 +1,39 @@
-"""The one door: composes cells with Hydra and runs each in a process of its own.
+"""countdown_kd: on-policy distillation on Countdown, one cell or every combination of the values given.
 
-python launch.py                                            one cell, the tiny pair
-python launch.py -m precision=bf16,fp32 gen=vllm,hf         four cells, side by side
-python launch.py --help
+  python launch.py                                        one cell: the tiny pair, no GPU, no download
+  python launch.py -m precision=bf16,fp32 gen=vllm,hf     four cells, side by side
+  python launch.py +sweeps=precision_gen                  the same, from a file in sweeps/
+  python launch.py -m baseline=student,teacher            evaluate the models as they are, train nothing
+  python launch.py precision=bf16 --cfg job               print a cell's config, run nothing
+
+Keys (KEY=VALUE): seed, baseline, trainer.*, task.*, eval.*, model.*, teacher.*, gen.*, dist.*, tracking.*
+A field of TRL's GOLDConfig that conf/trainer/gold.yaml does not list is added with a plus:
++trainer.weight_decay=0.1
+
+Results go to outputs/ (one cell) and multirun/ (a sweep) below the current folder; metrics, figures and
+predictions to MLflow (tracking.uri or MLFLOW_TRACKING_URI; by default mlflow.db beside launch.py).
+Hydra's own flags: --hydra-help
 """
 
 import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent
+
+if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own help takes seconds to list what it knows
+    print(__doc__)
+    print("Groups (GROUP=OPTION; defaults in conf/config.yaml):\n")
+    for group in "task model teacher precision gen dist eval experiment +sweeps".split():
+        files = sorted((ROOT / "conf" / group.lstrip("+")).glob("*.yaml"))
+        print(f"  {group:<12}{', '.join(file.stem for file in files)}")
+    sys.exit()
+
 try:
     import hydra
 except ModuleNotFoundError:
     # `python launch.py` right after `make setup`, without activating anything.
-    venv = Path(__file__).resolve().parent / ".venv" / "bin" / "python"
+    venv = ROOT / ".venv" / "bin" / "python"
     if not venv.exists() or Path(sys.prefix) == venv.parent.parent:
         sys.exit("launch.py: hydra-core is not installed here; run `make setup` first")
     os.execv(venv, [str(venv), *sys.argv])

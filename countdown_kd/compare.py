@@ -75,7 +75,7 @@ def final_loss(client: MlflowClient, cell: Run) -> float | None:
 
 def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
     """A row a cell; s/it never without the batch that an iteration trains. Fits 80 columns for two swept groups."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     names = swept_params(cells)
     for name in names:
         table.add_column(name.removeprefix("trainer."), overflow="fold")
