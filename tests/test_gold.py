@@ -69,6 +69,27 @@ def test_draws_depend_on_seed_and_step_alone(tmp_path, trained):
     assert [len(flags) for flags in trained.draws] == [2] * 4
 
 
+@pytest.mark.parametrize(
+    "precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("bf16_pure", torch.bfloat16)]
+)
+def test_transformers_samples_in_the_rollout_dtype(tmp_path, precision, dtype):
+    trainer = make_trainer(tmp_path, f"precision={precision}", "trainer.lmbda=1.0", "trainer.max_steps=1")
+    seen = []
+    projection = trainer.model.model.layers[0].mlp.gate_proj
+    generate = trainer.generate_on_policy_outputs
+
+    def watched(*args, **kwargs):
+        handle = projection.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    trainer.generate_on_policy_outputs = watched
+    trainer.train()
+    assert set(seen) == {dtype}
+
+
 def test_phases_add_up_to_the_step_and_every_one_is_seen(trained):
     clock = trained.clock
     assert len(clock.step_s) == 4
