@@ -113,8 +113,13 @@ def solved(metrics: dict[str, float], prefix: str) -> str:
     """An accuracy with its interval in per cent, ``52 (47–57)``; empty where it was not measured."""
     if f"{prefix}/accuracy" not in metrics:
         return ""
-    value, low, high = (100 * metrics[f"{prefix}/{name}"] for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    value, low, high = _percentages(metrics, prefix)
     return f"{value:.0f} ({low:.0f}–{high:.0f})"
+
+
+def _percentages(metrics: dict[str, float], prefix: str) -> tuple[float, ...]:
+    """An accuracy and the two ends of its interval, in per cent."""
+    return tuple(100 * metrics[f"{prefix}/{name}"] for name in ("accuracy", "accuracy_low", "accuracy_high"))
 
 
 def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
@@ -149,9 +154,7 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
             metrics = cell.data.metrics
             if f"{prefix}/accuracy" not in metrics:
                 continue
-            value, low, high = (
-                100 * metrics[f"{prefix}/{name}"] for name in ("accuracy", "accuracy_low", "accuracy_high")
-            )
+            value, low, high = _percentages(metrics, prefix)
             accuracies.errorbar(
                 value, row, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3,
                 markersize=7, markerfacecolor=colour if filled else "white",
