@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from countdown_kd.tracking import ui_command
+from countdown_kd.tracking import FOLDER_TAG, JOB_TAG, STATE_TAG, ui_command
 
 LAST_STEPS = 10  # the final loss is their mean: on- and off-policy steps differ several-fold
 
@@ -46,11 +46,44 @@ def show(
         f"loss: mean of the last {LAST_STEPS} steps; s/it: median, without warm-up; solved: Wilson 95 % interval",
         style="dim",
     )
+    for cell in cells:
+        if cell.info.status not in ("FINISHED", "SCHEDULED", "RUNNING"):
+            show_death(console, cell)
     if any("perf/s_per_it" in cell.data.metrics for cell in cells):
         figure = summary_figure(client, cells, folder / "summary.png")
         client.log_artifact(sweep_run_id or cells[0].info.run_id, str(figure))
         print(f"\nfigure   {figure}")
     print(f"MLflow   {ui_command(uri)}")
+
+
+def show_death(console: Console, cell: Run) -> None:
+    """What became of a cell that did not finish, where its log is, and how that ends."""
+    console.print(f"\n[red]{cell.info.run_name}: {state_of(cell)}[/], its log is")
+    print(f"  {log_of(cell)}")
+    for line in last_lines(log_of(cell)):
+        console.print(f"  │ {line}", style="dim", markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
+
+
+def state_of(cell: Run) -> str:
+    """What became of a run, in a person's words."""
+    return cell.data.tags.get(STATE_TAG, cell.info.status.lower())
+
+
+def log_of(cell: Run) -> Path:
+    """Where to read what a cell said: its Slurm job's log, which has everything, or its own."""
+    return Path(cell.data.tags.get(FOLDER_TAG, "")) / ("slurm.log" if JOB_TAG in cell.data.tags else "run.log")
+
+
+def last_lines(file: Path, count: int = 8) -> list[str]:
+    """The end of a log without its progress bars; empty where there is none."""
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(max(0, file.stat().st_size - 20_000))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
+    return [line for line in lines if line.strip() and "%|" not in line][-count:]
 
 
 def swept_params(cells: list[Run]) -> list[str]:
@@ -81,7 +114,7 @@ def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
         table.add_column(name.removeprefix("trainer."), overflow="fold")
     for header in ("loss", "s/it", "samples\n/s", "global\nbatch", "peak\nGiB"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("solved, %\nbefore → after", no_wrap=True)
+    table.add_column("solved, %\nbefore → after", min_width=24)
     table.add_column("cut\noff", justify="right", no_wrap=True)
 
     for cell in cells:
@@ -94,7 +127,7 @@ def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
         before, after = solved(metrics, "eval_before"), solved(metrics, "eval")
         accuracy = f"{before} → {after}" if before and after else after or before or "–"
         if cell.info.status != "FINISHED":
-            accuracy = cell.info.status  # it has no result to compare, whatever it got to
+            accuracy = state_of(cell)  # it has no result to compare, whatever it got to
         row = [cell.data.params.get(name, "–") for name in names]
         row += [
             f"{loss:.4f}" if loss is not None else "–",

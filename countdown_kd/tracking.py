@@ -1,8 +1,8 @@
 """One cell = one MLflow run; the cells of a sweep lie under one parent run. Imports no torch.
 
-The launcher owns a run's life: it opens the run before the cell's process starts and closes it as what it was
-when that process has ended, so a cell that died is FAILED or KILLED, never RUNNING. The process itself logs into
-the run through MLFLOW_RUN_ID.
+A run is opened (SCHEDULED) when its cell is submitted, RUNNING while the cell's process lives, and closed as what it
+was by whoever started that process, or, where that died too, by the next one who looks (slurm.py, standing.py).
+The process itself logs into the run through MLFLOW_RUN_ID.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Param, Run, ViewType
 from mlflow.exceptions import MlflowException
 from omegaconf import DictConfig
 
@@ -24,6 +24,12 @@ from countdown_kd.config import ROOT
 
 SWEEP_RUN_ID = "COUNTDOWN_KD_SWEEP_RUN_ID"  # environment: the parent run of the cells that start now
 PARENT_TAG = "mlflow.parentRunId"
+IDENTITY_TAG = "countdown_kd.identity"  # config.identity of a cell, and of a sweep the hash of its cells'
+FOLDER_TAG = "countdown_kd.folder"
+STATE_TAG = "countdown_kd.state"  # what became of a run, in a person's words
+CODE_TAG = "countdown_kd.code"  # the hash of the code that a cell was started with
+JOB_TAG = "countdown_kd.slurm_job"
+SHARED_TAG = "countdown_kd.shared_cells"  # of a sweep: runs that another sweep had finished before
 
 # A new SQLite store is built by dozens of migrations, each with a line of its own.
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -52,31 +58,56 @@ def open_store(tracking: DictConfig) -> tuple[MlflowClient, str]:
     return client, experiment.experiment_id
 
 
-def start_run(client: MlflowClient, experiment_id: str, name: str, params: dict[str, str], kind: str) -> str:
-    """Open a run that is RUNNING from now on; ``kind`` is "cell" or "sweep". Returns its id."""
-    tags = {"mlflow.runName": name, "countdown_kd.kind": kind, "mlflow.source.name": "launch.py"}
-    commit = git("rev-parse", "HEAD")
-    if commit:
-        tags["mlflow.source.git.commit"] = commit
+def start_run(
+    client: MlflowClient,
+    experiment_id: str,
+    name: str,
+    kind: str,
+    params: dict[str, str] | None = None,
+    tags: dict[str, str] | None = None,
+) -> str:
+    """Open a run that waits for its turn (SCHEDULED); ``kind`` is "cell" or "sweep". Returns its id."""
+    tags = {"countdown_kd.kind": kind, "mlflow.source.name": "launch.py"} | (tags or {})
     parent = os.environ.get(SWEEP_RUN_ID)
     if parent and kind == "cell":
         tags[PARENT_TAG] = parent
     run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
-    for key, value in params.items():
-        client.log_param(run_id, key, value)
+    client.log_batch(run_id, params=[Param(key, value) for key, value in (params or {}).items()])
+    client.update_run(run_id, status="SCHEDULED")
     return run_id
 
 
-def cells_of(client: MlflowClient, sweep_run_id: str) -> list[Run]:
-    """The cells of a sweep in the order they were started."""
-    experiment_id = client.get_run(sweep_run_id).info.experiment_id
+def end_run(client: MlflowClient, run_id: str, status: str, state: str) -> None:
+    """Close a run (FINISHED, FAILED or KILLED); ``state`` says it in a person's words."""
+    client.set_tag(run_id, STATE_TAG, state)
+    client.set_terminated(run_id, status)
+
+
+def find(client: MlflowClient, experiment_id: str, identity: str) -> Run | None:
+    """The run that holds a cell or a sweep: a finished one before others, then the newest."""
     runs = client.search_runs(
         [experiment_id],
+        f"tags.`{IDENTITY_TAG}` = '{identity}'",
+        order_by=["attributes.start_time DESC"],
+    )
+    return min(runs, key=lambda run: run.info.status != "FINISHED", default=None)
+
+
+def cells_of(client: MlflowClient, sweep_run_id: str) -> list[Run]:
+    """The cells of a sweep in the order they were submitted, also those that an earlier sweep had finished."""
+    sweep = client.get_run(sweep_run_id)
+    runs = client.search_runs(
+        [sweep.info.experiment_id],
         f"tags.`{PARENT_TAG}` = '{sweep_run_id}'",
         run_view_type=ViewType.ACTIVE_ONLY,
         max_results=1000,
     )
-    return sorted(runs, key=lambda run: run.info.start_time)
+    runs += [client.get_run(run_id) for run_id in sweep.data.tags.get(SHARED_TAG, "").split()]
+    runs.sort(key=lambda run: run.info.start_time)
+    # Of a cell that was begun twice only the last run counts, and of all its runs a finished one.
+    cells = {run.data.tags.get(IDENTITY_TAG, run.info.run_id): run for run in runs}
+    cells |= {run.data.tags[IDENTITY_TAG]: run for run in runs if run.info.status == "FINISHED"}
+    return list(cells.values())
 
 
 def git(*arguments: str) -> str:

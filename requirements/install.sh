@@ -32,7 +32,8 @@ cpu_torch() {
 
 uv() {
     # The lists are complete, so nothing is resolved and nothing else can slip in.
-    .venv/bin/uv pip install --python .venv/bin/python --no-progress --no-deps "$@"
+    # Byte code now: without it, where Python may not write it later, every process would start half a minute later.
+    .venv/bin/uv pip install --python .venv/bin/python --no-progress --no-deps --compile-bytecode "$@"
 }
 
 case $device in cpu | gpu) ;; *) fail "DEVICE is cpu or gpu, not '$device'" ;; esac

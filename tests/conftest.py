@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
+from slurm import slurm  # noqa: F401  a fixture
 
 from countdown_kd.config import ROOT, register_resolvers
 
@@ -27,18 +28,20 @@ class Launcher:
     def __init__(self, folder: Path):
         self.folder = folder
         self.uri = f"sqlite:///{folder}/mlflow.db"
+        self.environment: dict[str, str] = {}
+        self.program = ROOT / "launch.py"
 
     def start(self, *arguments: str, **kwargs) -> subprocess.Popen:
-        environment = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "COLUMNS": "80"}
+        environment = os.environ | {"MLFLOW_TRACKING_URI": self.uri, "COLUMNS": "80"} | self.environment
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "launch.py"), *arguments],
+            [sys.executable, str(self.program), *arguments],
             cwd=self.folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs,
         )  # fmt: skip
 
-    def __call__(self, *arguments: str) -> subprocess.CompletedProcess:
+    def __call__(self, *arguments: str, timeout: float = 550) -> subprocess.CompletedProcess:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=550)
+        out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     @property

@@ -31,14 +31,14 @@ def test_a_deleted_experiment_is_told(tmp_path):
 
 def test_cells_are_found_under_their_sweep(tmp_path, monkeypatch):
     client, experiment_id = tracking.open_store(store(f"sqlite:///{tmp_path}/mlflow.db"))
-    sweep = tracking.start_run(client, experiment_id, "sweep", {}, kind="sweep")
-    tracking.start_run(client, experiment_id, "alone", {}, kind="cell")
+    sweep = tracking.start_run(client, experiment_id, "sweep", "sweep")
+    tracking.start_run(client, experiment_id, "alone", "cell")
     monkeypatch.setenv(tracking.SWEEP_RUN_ID, sweep)
     for name in ("first", "second"):
-        tracking.start_run(client, experiment_id, name, {"seed": "1"}, kind="cell")
+        tracking.start_run(client, experiment_id, name, "cell", {"seed": "1"})
     cells = tracking.cells_of(client, sweep)
     assert [cell.info.run_name for cell in cells] == ["first", "second"]
-    assert cells[0].data.params == {"seed": "1"} and cells[0].info.status == "RUNNING"
+    assert cells[0].data.params == {"seed": "1"} and cells[0].info.status == "SCHEDULED"
 
 
 @pytest.mark.parametrize(

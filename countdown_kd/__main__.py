@@ -1,0 +1,50 @@
+"""What is not launching: a look at a sweep from any shell, and at a machine before a sweep. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from countdown_kd.config import ROOT, register_resolvers
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m countdown_kd",
+        description=__doc__,
+        epilog="KEY=VALUE: what launch.py is given too, such as tracking.uri=… or hydra/launcher=slurm",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    status = commands.add_parser("status", help="the cells of a sweep: state, step, loss, s/it, log")
+    status.add_argument("sweep", nargs="?", help="the beginning of a sweep's run id (default: the newest)")
+    status.add_argument("--follow", action="store_true", help="until every cell has ended")
+    doctor = commands.add_parser("doctor", help="is everything there that a sweep needs, here and in a job?")
+    for command in (status, doctor):
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[])
+    given = parser.parse_args(arguments)
+
+    register_resolvers()
+    if given.command == "status":
+        from countdown_kd.status import status as show_status
+        from countdown_kd.tracking import open_store
+
+        if given.sweep and "=" in given.sweep:
+            given.overrides, given.sweep = [given.sweep, *given.overrides], None
+        client, experiment_id = open_store(composed(given.overrides).tracking)
+        return show_status(client, experiment_id, given.sweep, given.follow)
+
+    from countdown_kd.doctor import examine
+
+    return examine(composed(given.overrides))
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides, return_hydra_config=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

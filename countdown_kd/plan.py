@@ -1,0 +1,95 @@
+"""What a command would run, before anything is spent. Imports no torch."""
+
+from __future__ import annotations
+
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from countdown_kd import tracking
+from countdown_kd.cell import Standing, standings
+from countdown_kd.config import ConfigError, substance, validate
+
+
+def show_plan(cells: list[DictConfig], config: DictConfig) -> None:
+    """Print each cell's difference from the defaults and what is left to do for it, and what sbatch would be given."""
+    console = Console()
+    problems = [problem(cell) for cell in cells]
+    client, experiment_id = tracking.open_store(config.tracking)
+    default = flat(GlobalHydra.instance().config_loader().load_sweep_config(config, []))
+    changes = [difference(default, flat(cell)) for cell in cells]
+    common = {key: value for key, value in changes[0].items() if all(each.get(key) == value for each in changes)}
+    if common and len(cells) > 1:
+        console.print("In every cell:", describe(common), highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("to do", no_wrap=not any(problems), overflow="fold")
+    table.add_column("cell", overflow="fold")
+    table.add_column("differs from the defaults in", overflow="fold")
+    found = iter(standings(client, experiment_id, [c for c, p in zip(cells, problems, strict=True) if not p]))
+    typed = [list(cell.hydra.overrides.task) for cell in cells]
+    names = [[o for o in own if not all(o in each for each in typed)] for own in typed]
+    left = 0
+    for number, (name, change, wrong) in enumerate(zip(names, changes, problems, strict=True)):
+        own = change if len(cells) == 1 else {key: value for key, value in change.items() if key not in common}
+        todo = f"[red]invalid: {wrong}[/]" if wrong else to_do(next(found))
+        left += todo.startswith(("run", "go on"))
+        table.add_row(str(number), todo, ", ".join(name) or "–", describe(own) or "–")
+    console.print(table)
+    invalid = sum(map(bool, problems))
+    console.print(f"{left} of {len(cells)} cells would run{f'; {invalid} invalid: nothing would' if invalid else ''}.")
+    if "submitit" in config.hydra.launcher._target_ or "Slurm" in config.hydra.launcher._target_:
+        from countdown_kd.slurm import script
+
+        console.print("\nTo be submitted with sbatch:\n", style="bold")
+        print(script(config, max(left, 1)))
+
+
+def to_do(found: Standing) -> str:
+    """What is left to do for a cell, in a few words."""
+    if found.what == "new":
+        return "run"
+    run_id = found.run.info.run_id[:8]
+    if found.what == "done":
+        accuracy = found.run.data.metrics.get("eval/accuracy")
+        return f"done, {100 * accuracy:.0f} % solved (run {run_id})" if accuracy is not None else f"done (run {run_id})"
+    if found.what == "active":
+        job = found.run.data.tags.get(tracking.JOB_TAG)
+        return f"under way (Slurm job {job})" if job else f"under way (run {run_id})"
+    state = found.run.data.tags.get(tracking.STATE_TAG, "interrupted")
+    return f"go on from step {found.step} ({state})" if found.folder else f"run again ({state}, its folder is not here)"
+
+
+def flat(cfg: DictConfig) -> dict[str, object]:
+    """The values that matter to a cell's result, by their dotted keys."""
+    values = {}
+
+    def walk(node: object, path: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{path}.{key}" if path else str(key))
+        else:
+            values[path] = node
+
+    walk(substance(cfg), "")
+    return values
+
+
+def difference(default: dict[str, object], cell: dict[str, object]) -> dict[str, object]:
+    """The cell's values where they are not the defaults'; None for a key that it lacks."""
+    return {key: cell.get(key) for key in {**default, **cell} if default.get(key) != cell.get(key)}
+
+
+def describe(change: dict[str, object]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in change.items())
+
+
+def problem(cell: DictConfig) -> str:
+    """Why a cell cannot run, or nothing."""
+    try:
+        validate(cell)
+    except ConfigError as error:
+        return str(error)
+    return ""

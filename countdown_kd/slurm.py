@@ -1,0 +1,385 @@
+"""The cells of a sweep as Slurm jobs: submitting them, what happens inside a job, and what Slurm says became of it.
+
+What is submitted is fixed: a pickled Cell, its resolved config and a snapshot of the code. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from countdown_kd import tracking
+from countdown_kd.cell import Cell, CellFailed, lock, prepare
+
+log = logging.getLogger(__name__)
+
+# ------------------------------------------------------------------------------------------------
+# Submitting
+
+
+def launch(
+    loader: ConfigLoader,
+    config: DictConfig,
+    params: dict[str, Any],
+    job_overrides: Sequence[Sequence[str]],
+    initial_job_idx: int,
+) -> list[JobReturn]:
+    """Submit the cells that are not done as one job array, follow them to their end, and return what became of each.
+
+    Ctrl-C leaves the jobs running and raises SystemExit; a second one within five seconds cancels them.
+    """
+    from countdown_kd.status import follow
+
+    client = MlflowClient(config.tracking.uri)
+    run_ids, cells = [], []
+    for number, overrides in enumerate(job_overrides, initial_job_idx):
+        cfg = loader.load_sweep_config(config, list(overrides))
+        with read_write(cfg.hydra), read_write(cfg.hydra.runtime), open_dict(cfg.hydra):
+            cfg.hydra.job.num = number
+            cfg.hydra.job.id = str(number)
+            cfg.hydra.runtime.output_dir = os.path.abspath(os.path.join(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir))
+        HydraConfig.instance().set_config(cfg)
+        cell, found = prepare(cfg, cfg.hydra)
+        run_ids.append(cell.run_id if cell else found.run.info.run_id)
+        if cell:
+            cells.append(cell)
+    jobs = submit(params, cells)
+    for cell, job_id in zip(cells, jobs, strict=True):
+        client.set_tag(cell.run_id, tracking.JOB_TAG, job_id)
+        client.set_tag(cell.run_id, tracking.STATE_TAG, "pending")
+    try:
+        follow(client, run_ids)
+        wait_to_leave(jobs)
+    except KeyboardInterrupt:
+        leave_or_cancel(jobs)
+
+    returns = []
+    for overrides, run_id in zip(job_overrides, run_ids, strict=True):
+        run = client.get_run(run_id)
+        done = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
+        done.return_value = run.data.metrics.get("eval/accuracy")
+        if run.info.status != "FINISHED":
+            done.status = JobStatus.FAILED
+            done.return_value = CellFailed(f"cell {run.info.run_name}: {run.data.tags.get(tracking.STATE_TAG)}")
+        returns.append(done)
+    return returns
+
+
+def wait_to_leave(jobs: Sequence[str], patience_s: float = 60) -> None:
+    """Cells close their runs a moment before Slurm closes their jobs: wait, so that both say the same."""
+    deadline = time.time() + patience_s
+    while jobs and time.time() < deadline and _lines("squeue", "-h", "-j", ",".join(parents(jobs))):
+        time.sleep(1)
+
+
+def leave_or_cancel(jobs: Sequence[str]) -> None:
+    """After Ctrl-C: leave, unless there is another within five seconds."""
+    print("\nThe jobs go on. Ctrl-C again within 5 seconds cancels them.", flush=True)
+    try:
+        time.sleep(5)
+    except KeyboardInterrupt:
+        subprocess.run(["scancel", *jobs], check=False)
+        print("\ncancelled; the same command goes on from the last checkpoints")
+    else:
+        print("Look at them with: python -m countdown_kd status\nCancel them with:  scancel", *parents(jobs))
+    raise SystemExit(130) from None
+
+
+def submit(params: dict[str, Any], cells: Sequence[Cell]) -> list[str]:
+    """Submit one job array; returns the cells' job ids, such as 123_0."""
+    if not cells:
+        return []
+    folder = Path(params["submitit_folder"]).absolute()
+    jobs = [Job(cell, params["signal_delay_s"], params["max_num_timeout"]) for cell in cells]
+    ids = [job.job_id for job in executor(params, folder, cells[0].code).map_array(Job.run, jobs)]
+    for cell, job_id in zip(cells, ids, strict=True):
+        link = cell.folder / "slurm.log"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder / f"{job_id}_0_log.out")
+    print(f"submitted {len(ids)} cells as Slurm job {' '.join(parents(ids))}", flush=True)
+    return ids
+
+
+def executor(params: dict[str, Any], folder: Path, code: Path | str):
+    """Submitit's executor with hydra-submitit-launcher's parameters; jobs import the package from ``code``."""
+    import submitit
+
+    ours = {"submitit_folder", "max_num_timeout", "_target_"}
+    base = {each.name for each in dataclasses.fields(BaseQueueConf)}
+    given = {key: value for key, value in params.items() if key not in ours and value is not None}
+    given["setup"] = [*given.get("setup", []), f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    auto = submitit.AutoExecutor(folder=folder, cluster="slurm")
+    auto.update_parameters(**{key if key in base else f"slurm_{key}": value for key, value in given.items()})
+    return auto
+
+
+def script(config: DictConfig, cells: int) -> str:
+    """The sbatch script of a sweep of so many cells."""
+    params = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    folder = Path(params["submitit_folder"]).absolute()
+    slurm = executor(params, folder, folder.parent / ".code" / "…")._executor
+    if cells > 1:
+        slurm.parameters["map_count"] = cells
+    return slurm._make_submission_file_text(slurm._submitit_command_str, "")
+
+
+def parents(jobs: Sequence[str]) -> list[str]:
+    """The ids of the arrays that the jobs belong to."""
+    return list(dict.fromkeys(job.split("_")[0] for job in jobs))
+
+
+# ------------------------------------------------------------------------------------------------
+# Inside a job
+
+
+@dataclass
+class Job:
+    """What a Slurm job runs: a cell's process, and a checkpoint before Slurm ends it."""
+
+    cell: Cell
+    signal_delay_s: int
+    max_num_timeout: int
+    received: dict[int, float] = field(default_factory=dict)  # signals, and when
+
+    def run(self) -> None:
+        """Ends with the exit code of the cell's process, so that Slurm calls a failed cell FAILED."""
+        import submitit
+
+        logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+        job_id = submitit.JobEnvironment().job_id
+        self.check_store()
+        subprocess.run(["scontrol", "update", f"JobId={job_id}", f"JobName={self.cell.name}"], check=False)
+        with lock(self.cell.folder) as free:
+            if not free:
+                sys.exit(f"{self.cell.name} is running already, in {self.cell.folder}")
+            self.cell.store.set_tag(self.cell.run_id, tracking.JOB_TAG, job_id)
+            self.cell.store.set_tag(self.cell.run_id, tracking.STATE_TAG, "running")
+            # Submitit's own handlers requeue at once; the ranks would not have saved anything yet. And under a job
+            # limit of ten minutes it takes every preemption for a time-out.
+            for number in (signal.SIGUSR2, signal.SIGTERM):
+                signal.signal(number, self.receive)
+            signal.signal(signal.SIGCONT, signal.SIG_IGN)
+            os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds between two states of a progress bar in the log
+            process = self.cell.start(ignore=(signal.SIGUSR2, signal.SIGTERM))
+            while process.poll() is None:
+                time.sleep(0.5)
+                if self.received and time.time() - min(self.received.values()) > self.patience_s:
+                    log.warning("no checkpoint in time: killing the cell")
+                    os.killpg(process.pid, signal.SIGKILL)
+            code = process.returncode
+            if self.received and (code != 0 or self.cell.stopped):
+                self.interrupted(job_id)
+            log.info("%s: %s", self.cell.name, self.cell.end(code))
+        sys.exit(code if code >= 0 else 128 - code)
+
+    def receive(self, number: int, frame: Any) -> None:
+        """SIGUSR2: preempted or nearly out of time. SIGTERM: cancelled, or preempted on a cluster that says no more."""
+        log.warning("%s: asking the cell to save a checkpoint and stop", signal.Signals(number).name)
+        self.received.setdefault(number, time.time())
+        self.cell.ask_to_stop()
+
+    @property
+    def patience_s(self) -> float:
+        return max(20, self.signal_delay_s - 30)
+
+    def interrupted(self, job_id: str) -> None:
+        """The cell has stopped because Slurm asked for it: queue it again where that is wanted; wait for the end."""
+        ran_s, limit_s = _times(job_id)
+        out_of_time = limit_s - ran_s < self.signal_delay_s + 60  # Slurm may be a minute early
+        store, run_id = self.cell.store, self.cell.run_id
+        timeouts = int(store.get_run(run_id).data.tags.get("countdown_kd.timeouts", 0)) + out_of_time
+        store.set_tag(run_id, "countdown_kd.timeouts", str(timeouts))
+        state = "timed out" if out_of_time else "preempted"
+        if signal.SIGUSR2 not in self.received:
+            tracking.end_run(store, run_id, "KILLED", "stopped")
+        elif out_of_time and timeouts > self.max_num_timeout:
+            tracking.end_run(store, run_id, "KILLED", state)
+        else:
+            log.info("%s: goes on from its checkpoint", state)
+            store.set_tag(run_id, tracking.STATE_TAG, f"{state}, goes on")
+            store.update_run(run_id, status="SCHEDULED")
+            subprocess.run(["scontrol", "requeue", job_id], check=False)
+        # The end is left to Slurm, so that it calls it what it was: TIMEOUT, CANCELLED, PREEMPTED.
+        time.sleep(600)
+
+    def check_store(self) -> None:
+        """Exit with what to do where this node does not reach the MLflow store, before anything is loaded."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            sys.exit("MLFLOW_TRACKING_URI is not set in the job: is sbatch given --export=NONE?")
+        impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+        try:
+            with mock.patch.dict(os.environ, impatient):
+                self.cell.store.get_run(self.cell.run_id)
+        except Exception as error:
+            sys.exit(
+                f"{os.uname().nodename} does not reach the MLflow store that the sweep was submitted with: {error}\n"
+                "A cluster wants `mlflow server --host 0.0.0.0` on a machine that its nodes can reach, and "
+                "MLFLOW_TRACKING_URI=http://THAT-MACHINE:5000 where launch.py is called"
+            )
+
+
+# ------------------------------------------------------------------------------------------------
+# What Slurm says
+
+PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT", "CONFIGURING"}
+RUNNING = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING"}
+ENDED = {
+    "TIMEOUT": "timed out",
+    "DEADLINE": "timed out",
+    "OUT_OF_MEMORY": "out of memory",
+    "PREEMPTED": "preempted",
+    "NODE_FAIL": "node failed",
+    "BOOT_FAIL": "node failed",
+    "CANCELLED": "cancelled",
+}
+
+
+@dataclass
+class Told:
+    """What Slurm tells of a job."""
+
+    state: str  # Slurm's word, such as OUT_OF_MEMORY
+    exit_code: str = ""  # CODE:SIGNAL
+    reason: str = ""  # why it waits
+    ran: bool = True
+
+
+def refresh(client: MlflowClient, runs: Sequence[Run]) -> str:
+    """Bring runs that are not FINISHED up to date with what Slurm says. Returns what it goes by.
+
+    A job that could not close its run itself, because it was killed, timed out or cancelled, is closed here.
+    """
+    jobs = {run.data.tags[tracking.JOB_TAG]: run for run in runs if run.info.status != "FINISHED"}
+    told, source = ask(list(jobs))
+    for job_id, run in jobs.items():
+        status, state = verdict(run, told.get(job_id))
+        if (status, state) == (run.info.status, run.data.tags.get(tracking.STATE_TAG)):
+            continue
+        if status in ("SCHEDULED", "RUNNING"):
+            client.set_tag(run.info.run_id, tracking.STATE_TAG, state)
+            client.update_run(run.info.run_id, status=status)
+        else:
+            tracking.end_run(client, run.info.run_id, status, state)
+    return source
+
+
+def verdict(run: Run, told: Told | None) -> tuple[str, str]:
+    """MLflow's status and a person's word for a run, by what Slurm says of its job and what the job itself said."""
+    status, state = run.info.status, run.data.tags.get(tracking.STATE_TAG, "")
+    closed = status in ("FAILED", "KILLED")
+    if told is None:  # neither in the queue nor in any memory of Slurm's
+        return (status, state) if closed else ("KILLED", "gone: Slurm does not know its job any more")
+    if told.state in PENDING:
+        return "SCHEDULED", state if "goes on" in state else f"pending ({told.reason})" if told.reason else "pending"
+    if told.state in RUNNING:
+        # Between a cell's end and its job's, the job's own word counts.
+        return (status, state) if closed or "goes on" in state else ("RUNNING", "running")
+    if told.state == "CANCELLED" and not told.ran:
+        return "KILLED", "never started"
+    if told.state in ENDED:
+        return "KILLED", ENDED[told.state]
+    if closed:
+        return status, state
+    code, number = (int(part or 0) for part in told.exit_code.split(":"))
+    # A job of ours that was not killed ends with 1 or 2. srun makes 128 + N of signal N, and sacct N of that.
+    number = number or (code - 128 if code > 128 else code if code > 2 else 0)
+    if number:
+        return "KILLED", f"killed by {signal.Signals(number).name}"
+    return "FAILED", f"failed (exit code {code})"
+
+
+def ask(jobs: Sequence[str]) -> tuple[dict[str, Told], str]:
+    """What Slurm tells of the jobs, and which of its programs does.
+
+    The queue knows what waits and runs; the accounting what has ended, or, on a cluster without one, for some minutes
+    the controller.
+    """
+    told: dict[str, Told] = {}
+    if not jobs:
+        return told, ""
+    ids = ",".join(parents(jobs))
+    for line in _lines("squeue", "-h", "-r", "-j", ids, "-o", "%i|%T|%r"):
+        job_id, state, reason = line.split("|")
+        told[job_id] = Told(state, reason="" if reason == "None" else reason)
+    if all(job in told for job in jobs):
+        return told, "squeue"
+    ended = _accounted(ids)
+    source = "sacct" if ended else "scontrol"
+    if any(job not in told and job not in ended for job in jobs):
+        # Accounting that has just come back knows nothing yet.
+        ended = _controlled(jobs) | ended
+    return ended | told, source
+
+
+def _accounted(ids: str) -> dict[str, Told]:
+    from submitit.slurm.slurm import SlurmInfoWatcher
+
+    output = "\n".join(_lines("sacct", "-X", "-P", "-j", ids, "-o", "JobID,State,ExitCode,Start"))
+    rows = SlurmInfoWatcher(delay_s=1).read_info(output) if output else {}
+    return {
+        job: Told(row["State"].split()[0], row["ExitCode"], ran=row["Start"] not in ("Unknown", "None", ""))
+        for job, row in rows.items()
+    }
+
+
+def _controlled(jobs: Sequence[str]) -> dict[str, Told]:
+    told = {}
+    for parent in parents(jobs):
+        for job in _controller(parent):
+            job_id = f"{job['ArrayJobId']}_{job['ArrayTaskId']}" if "ArrayTaskId" in job else job["JobId"]
+            ran = job["RunTime"] != "00:00:00"
+            told[job_id] = Told(job["JobState"], job["ExitCode"], ran=ran)
+    return told
+
+
+def _controller(job_id: str) -> list[dict[str, str]]:
+    """The controller's record of a job, or of every task of an array."""
+    lines = _lines("scontrol", "-o", "show", "job", job_id)
+    return [dict(part.partition("=")[::2] for part in line.split()) for line in lines]
+
+
+def _times(job_id: str) -> tuple[float, float]:
+    """How long a job has run and how long it may run, in seconds. (Its EndTime also moves when it is preempted.)"""
+    try:
+        job = _controller(job_id)[0]
+        return _seconds(job["RunTime"]), _seconds(job["TimeLimit"])
+    except (IndexError, KeyError):
+        return 0, float("inf")
+
+
+def _seconds(text: str) -> float:
+    """Slurm's DAYS-HH:MM:SS, or UNLIMITED."""
+    days, _, clock = text.rpartition("-")
+    try:
+        hours, minutes, seconds = map(int, clock.split(":"))
+    except ValueError:
+        return float("inf")
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
+def _lines(*command: str) -> list[str]:
+    """A command's output; nothing where it fails or does not exist."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line for line in result.stdout.splitlines() if line.strip()]

@@ -1,0 +1,114 @@
+"""The cells of a sweep while they run: state, step, loss, s/it, log. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from countdown_kd import tracking
+from countdown_kd.compare import cell_label, log_of, state_of, swept_params
+from countdown_kd.slurm import refresh
+from countdown_kd.sweep import close_sweep
+
+POLL_S = 5  # Slurm's controllers do not like to be asked more often
+GOING_ON = ("SCHEDULED", "RUNNING")
+NO_ACCOUNTING = "sacct does not answer: what became of a job is what Slurm's controller still remembers\n"
+STYLES = {"FINISHED": "green", "FAILED": "red", "KILLED": "red", "RUNNING": "bold", "SCHEDULED": "dim"}
+
+
+def follow(client: MlflowClient, run_ids: Sequence[str]) -> None:
+    """Show the cells until every one has ended: a live table, or, where nobody looks, a line for every change."""
+    console = Console()
+    before: dict[str, str] = {}
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            runs, source = look(client, run_ids)
+            if console.is_terminal:
+                live.update(status_table(client, runs), refresh=True)
+            for run in runs:
+                state = state_of(run)
+                if not console.is_terminal and before.get(run.info.run_id) != state:
+                    label = cell_label(run, swept_params(runs))
+                    print(f"{time.strftime('%H:%M:%S')}  {label}: {state}", flush=True)
+                before[run.info.run_id] = state
+            if not any(run.info.status in GOING_ON for run in runs):
+                break
+            time.sleep(POLL_S)
+    print(NO_ACCOUNTING if source == "scontrol" else "", end="")
+
+
+def look(client: MlflowClient, run_ids: Sequence[str]) -> tuple[list[Run], str]:
+    """The runs, after asking Slurm about those that have not finished, and what it goes by."""
+    source = ""
+    runs = [client.get_run(run_id) for run_id in run_ids]
+    unfinished = [run for run in runs if run.info.status != "FINISHED" and tracking.JOB_TAG in run.data.tags]
+    if unfinished:
+        source = refresh(client, unfinished)
+        runs = [client.get_run(run_id) for run_id in run_ids]
+    return runs, source
+
+
+def status_table(client: MlflowClient, runs: Sequence[Run]) -> Table:
+    """A row a cell; s/it is that of the last ten steps."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("cell", overflow="fold")
+    table.add_column("state", overflow="fold")
+    for header in ("step", "loss", "s/it"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("log", overflow="fold")
+    names = swept_params(runs)
+    for run in runs:
+        points = sorted(client.get_metric_history(run.info.run_id, "train/loss"), key=lambda point: point.step)
+        folder = Path(run.data.tags.get(tracking.FOLDER_TAG, ""))
+        times = [(after.timestamp - point.timestamp) / 1000 for point, after in pairwise(points[-11:])]
+        table.add_row(
+            cell_label(run, names),
+            f"[{STYLES[run.info.status]}]{state_of(run)}[/]",
+            f"{points[-1].step if points else 0}{_of_steps(folder)}",
+            f"{points[-1].value:.4f}" if points else "–",
+            f"{statistics.median(times):.2f}" if times else "–",
+            os.path.relpath(log_of(run)),
+        )
+    return table
+
+
+def _of_steps(folder: Path) -> str:
+    file = folder / "cell.yaml"
+    steps = yaml.safe_load(file.read_text())["trainer"]["max_steps"] if file.exists() else -1
+    return f"/{steps}" if steps > 0 else ""
+
+
+def status(client: MlflowClient, experiment_id: str, sweep: str | None, live: bool) -> int:
+    """Show a sweep (the newest, or one by the beginning of its id); returns 0 where every cell has finished."""
+    sweeps = client.search_runs(
+        [experiment_id], "tags.`countdown_kd.kind` = 'sweep'", order_by=["attributes.start_time DESC"]
+    )
+    found = [run for run in sweeps if run.info.run_id.startswith(sweep or "")]
+    if not found:
+        print(f"no sweep {sweep} in this store" if sweep else "no sweep in this store yet")
+        return 2
+    parent = found[0]
+    run_ids = [run.info.run_id for run in tracking.cells_of(client, parent.info.run_id)]
+    if live:
+        try:
+            follow(client, run_ids)
+        except KeyboardInterrupt:
+            pass
+    runs, source = look(client, run_ids)
+    print(f"sweep {parent.info.run_id[:8]}: {parent.info.run_name}\n")
+    Console().print(status_table(client, runs))
+    print(NO_ACCOUNTING if source == "scontrol" else "", end="")
+    close_sweep(client, parent.info.run_id, runs)
+    return int(any(run.info.status != "FINISHED" for run in runs))

@@ -1,0 +1,317 @@
+"""Sweeps on a real Slurm: one node with two pretended GPUs, so two cells at a time."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Launcher
+
+from countdown_kd.config import ROOT
+
+SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=4")
+SHORT = ("trainer.max_steps=5", "trainer.per_device_train_batch_size=4", "eval.num_puzzles=40")
+
+
+def launcher(slurm, folder: Path) -> Launcher:
+    launch = Launcher(folder)
+    # Two cells share two cores; and sums over one thread are the same sums everywhere.
+    launch.environment = slurm.env | {"OMP_NUM_THREADS": "1"}
+    return launch
+
+
+@pytest.fixture
+def launch(slurm, tmp_path):
+    yield launcher(slurm, tmp_path)
+    for job in slurm.run("squeue", "-h", "-o", "%A").split():
+        slurm.run("scancel", job)
+
+
+def wait(condition, process=None, patience_s=300):
+    """What the condition returns, once it is true."""
+    deadline = time.time() + patience_s
+    while not (found := condition()):
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.time() < deadline, "waited in vain"
+        time.sleep(0.2)
+    return found
+
+
+def command_line(*arguments, launch):
+    """python -m countdown_kd, with the launcher's store and cluster."""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": launch.uri, "COLUMNS": "160"} | launch.environment
+    return subprocess.run(
+        [sys.executable, "-m", "countdown_kd", *arguments], cwd=launch.folder, env=environment, text=True,
+        capture_output=True, timeout=120,
+    )  # fmt: skip
+
+
+def by_seed(launch) -> dict[int, object]:
+    return {int(run.data.params["seed"]): run for run in launch.runs("cell")}
+
+
+def steps(launch, run) -> list[int]:
+    history = launch.client.get_metric_history(run.info.run_id, "train/loss")
+    return sorted(point.step for point in history)
+
+
+def accounted(slurm, job: str, *arguments: str) -> list[str]:
+    """What sacct says of a job: its states, without who cancelled it."""
+    rows = slurm.run("sacct", "-n", "-X", "-P", "-j", job, "-o", "State", *arguments).splitlines()
+    return [row.split()[0] for row in rows]
+
+
+def state(run) -> str:
+    return run.data.tags["countdown_kd.state"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The main job
+
+
+@pytest.mark.timeout(1200)
+def test_the_sweep_on_slurm_solves_what_the_local_one_solves(slurm, tmp_path):
+    grid = ("-m", "precision=bf16,fp32", *SHORT)
+    there, here = launcher(slurm, tmp_path / "slurm"), launcher(slurm, tmp_path / "local")
+    there.folder.mkdir()
+    here.folder.mkdir()
+    process = there.start(*grid, "gen=vllm,hf", *SLURM)
+    try:
+        running = wait(lambda: slurm.run("squeue", "-h", "-t", "R", "-o", "%j").split(), process)
+        wait(lambda: len(slurm.run("squeue", "-h", "-t", "R").splitlines()) == 2, process)
+        assert "pending" not in running[0] and "gen=" in running[0], "a job bears its cell's name"
+        out, err = process.communicate(timeout=900)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    cells = there.runs("cell")
+    assert {run.info.status for run in cells + there.runs("sweep")} == {"FINISHED"}
+    jobs = [run.data.tags["countdown_kd.slurm_job"] for run in cells]
+    assert [accounted(slurm, job) for job in jobs] == [["COMPLETED"]] * 4
+    for run in cells:
+        log = Path(run.data.tags["countdown_kd.folder"], "slurm.log").read_text()
+        assert "after training" in log
+    assert "precision gen" in " ".join(out.split()), "the table at the end"
+
+    assert here(*grid, "gen=hf", timeout=500).returncode == 0
+    ours = {run.data.params["precision"]: run for run in cells if run.data.params["gen"] == "hf"}
+    theirs = {run.data.params["precision"]: run for run in here.runs("cell")}
+    for precision in ("bf16", "fp32"):
+        for name in ("eval_before/accuracy", "eval/accuracy"):
+            assert ours[precision].data.metrics[name] == theirs[precision].data.metrics[name]
+        assert there.losses(ours[precision].info.run_id) == here.losses(theirs[precision].info.run_id)
+
+
+# ------------------------------------------------------------------------------------------------
+# Every cell ends as what it was
+
+
+@pytest.mark.timeout(1800)
+def test_eight_cells_five_faults_and_the_same_command_again(slurm, launch):
+    command = (
+        "-m", "seed=1,2,3,4,5,6,7,8", "trainer.max_steps=30", *SHORT[1:], *SLURM,
+        "hydra.launcher.max_num_timeout=0", "hydra.launcher.signal_delay_s=30",
+    )  # fmt: skip
+    process = launch.start(*command)
+
+    def training(seed, at_least=2):
+        """The cell's run, once it trains."""
+
+        def trains():
+            run = by_seed(launch).get(seed)
+            return run and len(steps(launch, run)) >= at_least and run
+
+        return wait(trains, process)
+
+    def processes(run):
+        """The process that trains the cell."""
+        found = subprocess.run(["pgrep", "-f", f"countdown_kd.run {run.data.tags['countdown_kd.folder']}/cell.yaml"],
+                               capture_output=True, text=True)  # fmt: skip
+        return [int(pid) for pid in found.stdout.split()]
+
+    try:
+        wait(lambda: (launch.folder / "mlflow.db").exists() and any(launch.folder.rglob("slurm.log")), process)
+        wait(lambda: len(launch.runs("cell")) == 8, process)
+        raises = Path(by_seed(launch)[6].data.tags["countdown_kd.folder"], "checkpoint-6")
+        raises.write_text("in the way of a checkpoint")
+
+        training(1)
+        training(2)
+        slurm.run("sbatch", "-p", "urgent", "--gres=gpu:1", "--time=1", "-o", "/dev/null", "--wrap", "sleep 1")
+        preempted = wait(lambda: [r for r in by_seed(launch).values() if "goes on" in state(r)], process)
+        killed = training(3)
+        for pid in processes(killed):
+            os.kill(pid, signal.SIGKILL)
+        late = training(4)
+        for pid in processes(late):
+            os.kill(pid, signal.SIGSTOP)
+        slurm.run("scontrol", "update", f"jobid={late.data.tags['countdown_kd.slurm_job']}", "TimeLimit=1")
+        slurm.run("scancel", training(5).data.tags["countdown_kd.slurm_job"])
+        out, err = process.communicate(timeout=900)
+    finally:
+        process.kill()
+
+    assert process.returncode == 1
+    cells = by_seed(launch)
+    jobs = {seed: run.data.tags["countdown_kd.slurm_job"] for seed, run in cells.items()}
+    told = {
+        seed: (run.info.status, state(run), *accounted(slurm, jobs[seed])) for seed, run in cells.items()
+    }  # fmt: skip
+    assert told == {
+        1: ("FINISHED", "finished", "COMPLETED"),
+        2: ("FINISHED", "finished", "COMPLETED"),
+        3: ("KILLED", "killed by SIGKILL", "FAILED"),
+        4: ("KILLED", "timed out", "TIMEOUT"),
+        5: ("KILLED", "cancelled", "CANCELLED"),
+        6: ("FAILED", "failed (exit code 1)", "FAILED"),
+        7: ("FINISHED", "finished", "COMPLETED"),
+        8: ("FINISHED", "finished", "COMPLETED"),
+    }
+    history = accounted(slurm, preempted[0].data.tags["countdown_kd.slurm_job"], "-D")
+    assert history[-1] == "COMPLETED" and set(history[:-1]) <= {"REQUEUED", "PREEMPTED"} and len(history) > 1
+    assert launch.runs("sweep")[0].info.status == "FAILED"
+    for seed, (_, word, _) in told.items():
+        if word != "finished":
+            log = f"{cells[seed].data.tags['countdown_kd.folder']}/slurm.log"
+            assert word in out and log in out.replace("\n", "").replace(" ", "")
+    assert "checkpoint-6" in out, "the log's last lines are in the summary"
+    shown = command_line("status", launch=launch)
+    assert shown.returncode == 1 and all(word in shown.stdout for _, word, _ in told.values())
+
+    raises.unlink()
+    before = {seed: run.info.run_id for seed, run in cells.items()}
+    again = launch(*command, timeout=900)
+    assert again.returncode == 0, again.stderr
+    assert "4 of 8 cells are done" in again.stdout and "submitted 4 cells" in again.stdout
+    cells = by_seed(launch)
+    assert {seed: run.info.run_id for seed, run in cells.items()} == before, "each in its own run"
+    assert {state(run) for run in cells.values()} == {"finished"}
+    assert all(steps(launch, run) == list(range(1, 31)) for run in cells.values()), "no point lost or doubled"
+    assert launch.runs("sweep")[0].info.status == "FINISHED"
+
+
+# ------------------------------------------------------------------------------------------------
+# Submitting, leaving, coming back
+
+
+def test_a_hundred_held_cells_wait_and_are_left_and_cancelled(slurm, launch):
+    seeds = ",".join(map(str, range(100)))
+    process = launch.start(
+        "-m", f"seed={seeds}", *SHORT, *SLURM, "+hydra.launcher.additional_parameters.hold=true",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("submitted 100 cells as Slurm job ")
+    maps = Path(f"/proc/{process.pid}/maps").read_text()
+    assert "libtorch" not in maps and "sqlalchemy" in maps, "submitting needs no torch"
+    assert len(slurm.run("squeue", "-h", "-r", "-t", "PD").splitlines()) == 100
+    wait(lambda: "pending" in process.stdout.readline(), process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "The jobs go on" in out and "python -m countdown_kd status" in out
+    assert len(slurm.run("squeue", "-h", "-r").splitlines()) == 100
+    assert launch.runs("sweep")[0].info.status == "RUNNING"
+
+    again = launch.start("-m", f"seed={seeds}", *SHORT, *SLURM)
+    assert again.stdout.readline().startswith("100 of 100 cells are done or under way"), "nothing is submitted twice"
+    again.kill()
+    again.communicate()
+    waiting = command_line("status", launch=launch)
+    assert waiting.stdout.count("pending (JobHeldUser)") == 100
+
+    slurm.run("scancel", launch.runs("cell")[0].data.tags["countdown_kd.slurm_job"].split("_")[0])
+    ended = command_line("status", launch=launch)
+    assert ended.returncode == 1 and ended.stdout.count("never started") == 100
+    assert {run.info.status for run in launch.runs("cell") + launch.runs("sweep")} == {"KILLED"}
+
+
+def test_a_plan_shows_the_script_and_submits_nothing(slurm, launch):
+    plan = launch("-m", "seed=1,2", "trainer.num_generations=1,5", *SHORT[:1], *SLURM, "plan=true")
+    assert plan.returncode == 0, plan.stderr
+    assert "2 of 4 cells would run; 2 invalid" in plan.stdout and "a divisor of 16" in " ".join(plan.stdout.split())
+    assert "#SBATCH --array=0-1%2" in plan.stdout and "srun" in plan.stdout
+    assert slurm.run("squeue", "-h") == ""
+    assert not launch.runs("cell")
+
+
+def test_what_was_submitted_is_what_runs(slurm, launch, tmp_path):
+    checkout = tmp_path / "checkout"
+    for name in ("countdown_kd", "conf", "sweeps", "hydra_plugins"):
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True)
+    launch.program = Path(shutil.copy(ROOT / "launch.py", checkout))
+    launch.environment |= {"PYTHONPATH": str(checkout)}
+    process = launch.start("-m", "seed=1", *SHORT, *SLURM, "+hydra.launcher.additional_parameters.hold=true")
+    assert process.stdout.readline().startswith("submitted 1 cells")
+    (checkout / "countdown_kd" / "run.py").write_text("raise SystemExit('edited while the job was waiting')")
+    (checkout / "conf" / "trainer" / "gold.yaml").write_text("nonsense: true")
+    slurm.run("scontrol", "release", *slurm.run("squeue", "-h", "-o", "%A").split())
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+
+
+def test_a_job_that_does_not_reach_the_store_says_so(slurm, launch):
+    # Where the jobs are, the store's address leads nowhere.
+    result = launch(
+        "-m", "seed=1", *SHORT, *SLURM, "hydra.launcher.setup=[export MLFLOW_TRACKING_URI=http://127.0.0.1:9]"
+    )
+    assert result.returncode == 1
+    assert "does not reach the MLflow store" in result.stdout and "mlflow server" in result.stdout
+    (cell,) = launch.runs("cell")
+    assert (cell.info.status, state(cell)) == ("FAILED", "failed (exit code 1)")
+
+
+def test_without_accounting_the_controller_is_asked(slurm, launch):
+    slurm.end("slurmdbd")
+    try:
+        process = launch.start("-m", "seed=1", "trainer.max_steps=500", *SHORT[1:], *SLURM)
+        (run,) = wait(lambda: any(launch.folder.rglob("run.log")) and launch.runs("cell"), process)
+        slurm.run("scancel", run.data.tags["countdown_kd.slurm_job"])
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 1 and "cancelled" in out
+        shown = command_line("status", launch=launch)
+        assert "cancelled" in shown.stdout and "sacct does not answer" in shown.stdout
+    finally:
+        slurm.begin("slurmdbd")
+
+
+# ------------------------------------------------------------------------------------------------
+# More than one rank
+
+
+@pytest.mark.timeout(1200)
+def test_two_ranks_are_preempted_and_train_as_one_would(slurm, launch, tmp_path):
+    off_policy = ("trainer.lmbda=0.0", "trainer.max_steps=12", "eval.num_puzzles=20")
+    process = launch.start(
+        "-m", "gen=hf,vllm", "dist=ddp", "dist.nproc_per_node=2", "trainer.per_device_train_batch_size=4",
+        *off_policy, *SLURM,
+    )  # fmt: skip
+    try:
+        run = wait(
+            lambda: (launch.folder / "mlflow.db").exists()
+            and [r for r in launch.runs("cell") if r.data.params["gen"] == "hf" and len(steps(launch, r)) >= 3],
+            process,
+        )[0]  # fmt: skip
+        # As a preemption does it: to every process of the job.
+        slurm.run("scancel", "--signal=USR2", run.data.tags["countdown_kd.slurm_job"])
+        _, err = process.communicate(timeout=900)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    cells = {run.data.params["gen"]: run for run in launch.runs("cell")}
+    assert accounted(slurm, cells["hf"].data.tags["countdown_kd.slurm_job"], "-D")[0] == "REQUEUED"
+    again = [file.path for file in launch.client.list_artifacts(cells["hf"].info.run_id, "config")]
+    assert any("effective_from_step_" in path for path in again), "it went on from a checkpoint"
+    for run in cells.values():
+        assert run.data.params["global_batch"] == "8" and steps(launch, run) == list(range(1, 13))
+
+    alone = Launcher(tmp_path / "alone")
+    alone.folder.mkdir()
+    assert alone("trainer.per_device_train_batch_size=8", *off_policy).returncode == 0
+    (single,) = alone.runs("cell")
+    for run in cells.values():
+        ours, theirs = launch.losses(run.info.run_id), alone.losses(single.info.run_id)
+        assert ours == pytest.approx(theirs, rel=1e-4)
