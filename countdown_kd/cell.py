@@ -21,16 +21,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from countdown_kd import tracking
-from countdown_kd.config import ROOT, ConfigError, identity, validate
+from countdown_kd.config import ROOT, ConfigError, identity, plain, validate
 
 log = logging.getLogger(__name__)
 
+YamlDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # OmegaConf's own takes 20 ms a cell
 PATIENCE_S = 60  # what a cell has after Ctrl-C to reach the end of a step and save a checkpoint
 STOP_FILE = "stop"  # in the cell's folder: asks the run to save a checkpoint and stop
 STOPPED_FILE = "stopped"  # the run's answer (torchrun passes on no exit code but 0 and 1)
@@ -218,24 +220,14 @@ def _locked(folder: Path) -> bool:
 # From a composed config to a cell that can run
 
 
-def prepare(cfg: DictConfig, hydra: DictConfig) -> tuple[Cell | None, Standing]:
-    """Fix a composed cell: its folder, its config, its code and its MLflow run, new or the one it goes on in.
-
-    No cell where nothing is left to do. Raises ConfigError for a config that cannot work.
-    """
-    validate(cfg)
+def prepare(cfg: DictConfig, hydra: DictConfig, found: Standing) -> Cell:
+    """Fix a composed cell: its folder, its config, its code and its MLflow run, new or the one it goes on in."""
     client, experiment_id = tracking.open_store(cfg.tracking)
-    found = standing(client, experiment_id, cfg)
-    if found.what in ("done", "active"):
-        return None, found
-
     folder = found.folder or Path(hydra.runtime.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    for key in ("tracking", "force", "plan", "hydra"):
-        resolved.pop(key, None)
+    resolved = plain(cfg)
     resolved["trainer"]["output_dir"] = str(folder)
-    OmegaConf.save(OmegaConf.create(resolved), folder / "cell.yaml")
+    (folder / "cell.yaml").write_text(yaml.dump(resolved, Dumper=YamlDumper, sort_keys=False))
 
     code = Path(os.environ.get(CODE) or snapshot(folder))
     commit = (code / "commit").read_text()
@@ -253,14 +245,12 @@ def prepare(cfg: DictConfig, hydra: DictConfig) -> tuple[Cell | None, Standing]:
             tracking.IDENTITY_TAG: found.identity,
             tracking.FOLDER_TAG: str(folder),
             tracking.CODE_TAG: code.name,
+            tracking.STATE_TAG: "pending",
             "mlflow.source.git.commit": commit,
         }
         run_id = tracking.start_run(client, experiment_id, cell_name(hydra), "cell", cell_params(cfg, hydra), tags)
-        client.log_text(run_id, OmegaConf.to_yaml(OmegaConf.create(resolved)), "config/composed.yaml")
-        if (code / "code.diff").stat().st_size:
-            client.log_artifact(run_id, str(code / "code.diff"))
     os.environ["MLFLOW_TRACKING_URI"] = cfg.tracking.uri
-    cell = Cell(
+    return Cell(
         name=cell_name(hydra),
         folder=folder,
         run_id=run_id,
@@ -269,7 +259,6 @@ def prepare(cfg: DictConfig, hydra: DictConfig) -> tuple[Cell | None, Standing]:
         environment={key: str(value) for key, value in hydra.job.env_set.items()},
         keep_checkpoints=cfg.trainer.get("save_total_limit") is None,
     )
-    return cell, found
 
 
 def snapshot(folder: Path) -> Path:
@@ -323,18 +312,20 @@ def run_cell(cfg: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     try:
-        cell, found = prepare(cfg, hydra)
+        validate(cfg)
     except ConfigError as error:
         problems = "\n  ".join(str(error).splitlines())
         print(f"\nThis cell cannot run:\n  {problems}", file=sys.stderr)
         raise SystemExit(2) from None
-    client = MlflowClient(cfg.tracking.uri)
+    client, experiment_id = tracking.open_store(cfg.tracking)
+    (found,) = standings(client, experiment_id, [cfg])
     if found.what == "active":
         raise CellFailed(f"{cell_name(hydra)} is running already, in {found.folder or 'another folder'}")
-    if cell is None:
+    if found.what == "done":
         run_id = found.run.info.run_id
         log.info("done before, in %s; force=true runs it again", found.run.data.tags[tracking.FOLDER_TAG])
     else:
+        cell = prepare(cfg, hydra, found)
         run_id = cell.run_id
         supervise(cell, found.step)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import difflib
 import hashlib
 import importlib.util
@@ -31,22 +30,27 @@ def register_resolvers() -> None:
         OmegaConf.register_new_resolver(name, lambda path="", base=base: str(base / (path or "")), replace=True)
 
 
-# What a cell's result does not depend on: where things go, what is written down, who is told.
-NOT_IN_IDENTITY = {"hydra", "tracking", "force", "plan"}
+# What a cell's result does not depend on: how it is started, where things go, what is written down, who is told.
+LAUNCHERS_PART = {"hydra", "tracking", "force", "plan"}
 NOT_IN_TRAINER = re.compile(
     "output_dir|logging_(?!nan).*|log_.*|save_.*|report_to|run_name|project|trackio_.*|disable_tqdm|hub_.*|push_to_hub.*"
 )
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """What a cell's process is told: the composed config without the launcher's part, resolved."""
+    return {
+        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for key, value in cfg.items()
+        if key not in LAUNCHERS_PART
+    }
+
+
 def substance(cfg: DictConfig) -> dict[str, Any]:
     """The part of a composed config that matters to the cell's result, resolved."""
-    kept = copy.copy(cfg)
-    kept._set_flag("struct", False)
-    for key in NOT_IN_IDENTITY & set(kept):
-        del kept[key]
-    for key in [key for key in kept.trainer if NOT_IN_TRAINER.fullmatch(key)]:
-        del kept.trainer[key]
-    return OmegaConf.to_container(kept, resolve=True)
+    kept = plain(cfg)
+    kept["trainer"] = {key: value for key, value in kept["trainer"].items() if not NOT_IN_TRAINER.fullmatch(key)}
+    return kept
 
 
 def identity(cfg: DictConfig) -> str:

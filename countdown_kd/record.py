@@ -74,6 +74,10 @@ def record_config(
     mlflow.log_param("global_batch", global_batch(args))
     name = f"effective_from_step_{resumed_at}.yaml" if resumed_at else "effective.yaml"
     mlflow.log_dict(effective_config(cfg, args, data, models, engine), f"config/{name}")
+    mlflow.log_text(OmegaConf.to_yaml(cfg), "config/composed.yaml")
+    diff = ROOT / "code.diff"  # beside the snapshot of the code that runs
+    if diff.exists() and diff.stat().st_size:
+        mlflow.log_artifact(str(diff))
 
 
 def effective_config(

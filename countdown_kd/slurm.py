@@ -27,7 +27,7 @@ from mlflow.entities import Run
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from countdown_kd import tracking
-from countdown_kd.cell import Cell, CellFailed, lock, prepare
+from countdown_kd.cell import Cell, CellFailed, lock, prepare, standings
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +48,25 @@ def launch(
     """
     from countdown_kd.status import follow
 
-    client = MlflowClient(config.tracking.uri)
+    client, experiment_id = tracking.open_store(config.tracking)
+    composed = [loader.load_sweep_config(config, list(overrides)) for overrides in job_overrides]
     run_ids, cells = [], []
-    for number, overrides in enumerate(job_overrides, initial_job_idx):
-        cfg = loader.load_sweep_config(config, list(overrides))
+    for number, (cfg, found) in enumerate(
+        zip(composed, standings(client, experiment_id, composed), strict=True), initial_job_idx
+    ):
+        if found.what in ("done", "active"):
+            run_ids.append(found.run.info.run_id)
+            continue
         with read_write(cfg.hydra), read_write(cfg.hydra.runtime), open_dict(cfg.hydra):
             cfg.hydra.job.num = number
             cfg.hydra.job.id = str(number)
             cfg.hydra.runtime.output_dir = os.path.abspath(os.path.join(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir))
-        HydraConfig.instance().set_config(cfg)
-        cell, found = prepare(cfg, cfg.hydra)
-        run_ids.append(cell.run_id if cell else found.run.info.run_id)
-        if cell:
-            cells.append(cell)
+        HydraConfig.instance().cfg = cfg  # for ${hydra:…} in a config
+        cells.append(prepare(cfg, cfg.hydra, found))
+        run_ids.append(cells[-1].run_id)
     jobs = submit(params, cells)
     for cell, job_id in zip(cells, jobs, strict=True):
         client.set_tag(cell.run_id, tracking.JOB_TAG, job_id)
-        client.set_tag(cell.run_id, tracking.STATE_TAG, "pending")
     try:
         follow(client, run_ids)
         wait_to_leave(jobs)

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,20 +42,22 @@ def open_store(tracking: DictConfig) -> tuple[MlflowClient, str]:
 
     Call it before any job starts: SQLite is not protected against being created twice at once.
     """
-    client = MlflowClient(tracking.uri)
-    experiment = client.get_experiment_by_name(tracking.experiment)
+    return _open(tracking.uri, tracking.experiment)
+
+
+@cache
+def _open(uri: str, name: str) -> tuple[MlflowClient, str]:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # Without a location MLflow would put the artifacts of a local store below the current folder.
         location = None
-        if tracking.uri.startswith("sqlite:///"):
-            database = Path(tracking.uri.removeprefix("sqlite:///"))
-            location = (database.parent / "mlartifacts" / tracking.experiment).resolve().as_uri()
-        return client, client.create_experiment(tracking.experiment, artifact_location=location)
+        if uri.startswith("sqlite:///"):
+            database = Path(uri.removeprefix("sqlite:///"))
+            location = (database.parent / "mlartifacts" / name).resolve().as_uri()
+        return client, client.create_experiment(name, artifact_location=location)
     if experiment.lifecycle_stage == "deleted":
-        raise MlflowException(
-            f"the experiment {tracking.experiment!r} was deleted in {tracking.uri}: restore it, or set "
-            "tracking.experiment"
-        )
+        raise MlflowException(f"the experiment {name!r} was deleted in {uri}: restore it, or set tracking.experiment")
     return client, experiment.experiment_id
 
 

@@ -173,8 +173,8 @@ def test_one_failed_cell_is_failed_and_the_others_go_on(launch):
     assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
     (parent,) = launch.runs("sweep")
     assert parent.info.status == "FAILED"
-    assert "FAILED" in result.stdout, "the table tells"
-    assert "beta must be in the range" in result.stderr
+    assert "failed (exit code 1)" in result.stdout, "the table tells"
+    assert "beta must be in the range" in result.stdout, "and shows the end of the log"
 
 
 def wait_for_training(launch, process):
