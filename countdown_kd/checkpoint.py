@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from countdown_kd.cell import MARKER, STOP_FILE, step_of
 from countdown_kd.gold import CountdownTrainer
+
+
+# With several ranks Trainer loads an optimizer to "its" device, which torch knows for cuda:0 but not for cpu:0.
+torch.serialization.register_package(
+    0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 
 
 class Stopped(Exception):

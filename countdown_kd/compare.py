@@ -48,7 +48,7 @@ def show(
     )
     for cell in cells:
         if cell.info.status not in ("FINISHED", "SCHEDULED", "RUNNING"):
-            show_death(console, cell)
+            show_death(console, cell, cell_label(cell, swept_params(cells)))
     if any("perf/s_per_it" in cell.data.metrics for cell in cells):
         figure = summary_figure(client, cells, folder / "summary.png")
         client.log_artifact(sweep_run_id or cells[0].info.run_id, str(figure))
@@ -56,12 +56,12 @@ def show(
     print(f"MLflow   {ui_command(uri)}")
 
 
-def show_death(console: Console, cell: Run) -> None:
+def show_death(console: Console, cell: Run, label: str) -> None:
     """What became of a cell that did not finish, where its log is, and how that ends."""
-    console.print(f"\n[red]{cell.info.run_name}: {state_of(cell)}[/], its log is")
-    print(f"  {log_of(cell)}")
+    console.print(f"\n[red]{label}: {state_of(cell)}[/]; its log ends with", highlight=False)
     for line in last_lines(log_of(cell)):
         console.print(f"  │ {line}", style="dim", markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
+    print(f"  {log_of(cell)}")
 
 
 def state_of(cell: Run) -> str:

@@ -22,7 +22,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stderr
 from importlib import metadata
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -284,7 +286,7 @@ def scheduler(cfg: DictConfig, say: Say) -> Iterator[Line]:
     if code:
         kept = re.search(r"MinJobAge\s*=\s*(.+)", told("scontrol", "show", "config")[1])
         found = f"none ({last(err)}). It works without: the controller tells what became of a job, for as long as it "
-        yield Line(OPEN, "accounting", f"{found}remembers ({kept[1] if kept else 'MinJobAge'})")
+        yield Line(OPEN, "accounting", f"{found}remembers (MinJobAge{f': {kept[1]}' if kept else ''})")
     else:
         yield Line(GOOD, "accounting", "sacct answers")
 
@@ -303,13 +305,15 @@ def partition(rows: list[list[str]], asked: str | None, timeout_min: int) -> Lin
     unknown = [name for name in names if name not in there]
     if unknown or not names:
         return Line(BAD, "partition", f"no {', '.join(unknown) or 'default'} on this cluster", fix)
-    found = ", ".join(f"{name}{'' if asked else ' (default)'}: {' '.join(there[name])}" for name in names)
+    found = ", ".join(
+        f"{name}{'' if asked else ' (default)'}: {there[name][1]}, limit {there[name][0]}" for name in names
+    )
     if all(there[name][1] != "up" for name in names):
         return Line(BAD, "partition", found, fix)
     longest = max(minutes(there[name][0]) for name in names)
     if longest < timeout_min:
         fix = f"hydra.launcher.timeout_min={longest:.0f} (a cell that hits the limit is queued again and goes on)"
-        return Line(BAD, "partition", f"{found}, and timeout_min is {timeout_min}", fix)
+        return Line(BAD, "partition", f"{found}; timeout_min is {timeout_min}", fix)
     return Line(GOOD, "partition", found)
 
 
@@ -332,7 +336,8 @@ def probe(cfg: DictConfig, params: dict[str, Any], say: Say) -> Iterator[Line]:
     try:
         try:
             submit = slurm.executor(short, folder, ROOT).submit
-            job = within(60, submit, look_around, needed(cfg), cfg.tracking.experiment)
+            with redirect_stderr(StringIO()):  # submitit shows there what it raises too
+                job = within(60, submit, look_around, needed(cfg), cfg.tracking.experiment)
         except Exception as error:
             yield Line(BAD, "job", f"not taken: {reason(error)}", "conf/hydra/launcher/slurm.yaml has all keys")
             return
@@ -340,7 +345,7 @@ def probe(cfg: DictConfig, params: dict[str, Any], say: Say) -> Iterator[Line]:
         if failed:
             yield failed
             return
-        yield from seen(params, job.job_id, folder, job.result())
+        yield from seen(params, job.job_id, folder, job.results()[0])
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         if job and not job.paths.result_pickle.exists():
@@ -447,9 +452,8 @@ def gpus_in_job(asked: int, visible: str | None, code: int, out: str, err: str) 
     torch, built, names = json.loads(last(out))
     found = f"{count(names) or 'none'} for {asked} asked for ({given})"
     if not built:
-        return Line(
-            OPEN, "job: GPUs", f"torch {torch} is a build for CPUs ({given})", asked and "make setup DEVICE=gpu" or ""
-        )
+        fix = "make setup DEVICE=gpu" if asked else ""
+        return Line(OPEN, "job: GPUs", f"torch {torch} is a build for CPUs ({given})", fix)
     if len(names) < asked:
         return Line(BAD, "job: GPUs", found, "hydra.launcher.partition=NAME, one whose nodes have GPUs")
     if len(names) > asked:

@@ -159,8 +159,9 @@ def leave_signals_to_the_launcher() -> None:
 
 def main(config_file: str) -> None:
     cfg = OmegaConf.load(config_file)
+    is_rank_0 = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(
-        level=logging.INFO,
+        level=logging.INFO if is_rank_0 else logging.WARNING,
         format="[%(asctime)s] %(message)s",
         datefmt="%H:%M:%S",
         handlers=[
@@ -176,7 +177,6 @@ def main(config_file: str) -> None:
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     leave_signals_to_the_launcher()
-    is_rank_0 = int(os.environ.get("RANK", 0)) == 0
     try:
         with mlflow.start_run(log_system_metrics=False) if is_rank_0 else nullcontext():
             run(cfg)

@@ -329,7 +329,7 @@ def ask(jobs: Sequence[str]) -> tuple[dict[str, Told], str]:
     if any(job not in told and job not in ended for job in jobs):
         # Accounting that has just come back knows nothing yet.
         ended = _controlled(jobs) | ended
-    return ended | told, source
+    return ended | told, source if ended else ""
 
 
 def _accounted(ids: str) -> dict[str, Told]:

@@ -121,7 +121,9 @@ class SweepCallback(Callback):
         if cells:
             show(self.client, cells, self.uri, self.folder, self.run_id)
         if never > 0:
-            print(f"{never} of {len(self.identities)} cells never started; the same command again goes on from here")
+            print(f"{never} of {len(self.identities)} cells never started")
+        if missing := never + sum(cell.info.status != "FINISHED" for cell in cells):
+            print(f"The same command again runs what is missing ({missing} cells), from the last checkpoints")
 
 
 def close_sweep(client, run_id: str, cells: Sequence, complete: bool = True) -> bool:
@@ -176,7 +178,10 @@ def compose_all(config: DictConfig, cells: list[list[str]]) -> list[DictConfig]:
     compose = loader.load_sweep_config
     for cell in cells:
         parsed = [parse(override) for override in (*hydra_overrides, *cell)]
-        values = [o for o in parsed if not loader.repository.group_exists(o.key_or_group)]
+        # As Hydra tells them apart: trainer=gold is an option, trainer={lmbda: 1} and trainer.lmbda=1 are values.
+        values = [
+            o for o in parsed if isinstance(o.value(), dict) or not loader.repository.group_exists(o.key_or_group)
+        ]
         options = [o.input_line for o in parsed[len(hydra_overrides) :] if o not in values]
         key = tuple(options)
         if key not in by_options:

@@ -2,15 +2,21 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import option_names
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from countdown_kd.config import ROOT, ConfigError, gold_config_fields, validate
+from countdown_kd import config
+from countdown_kd.config import ROOT, ConfigError, gold_config_fields, identity, validate
+from countdown_kd.sweep import compose_all, grid
 
 GROUPS = ("task", "model", "teacher", "precision", "gen", "dist", "eval", "experiment")
 OPTIONS = [(group, option) for group in GROUPS for option in option_names(group)]
@@ -153,3 +159,61 @@ def test_every_command_that_the_readme_quotes_composes(cell, jsonl_pair):
         for word in words:
             if word.startswith("+sweeps="):
                 assert (ROOT / "sweeps" / f"{word.removeprefix('+sweeps=')}.yaml").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# What a cell is known by
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "hydra.run.dir=/elsewhere", "tracking.experiment=other", "force=true", "trainer.logging_steps=5",
+        "trainer.save_steps=0.5", "trainer.report_to=mlflow", "trainer.output_dir=/elsewhere", "hydra/launcher=slurm",
+    ],
+)  # fmt: skip
+def test_launcher_paths_and_logging_do_not_change_what_a_cell_is(cell, override):
+    assert identity(cell(override)) == identity(cell())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1", "precision=bf16", "gen=vllm", "trainer.lmbda=0.25", "eval.num_puzzles=10", "dist=ddp",
+        "task.num_train=100", "+trainer.weight_decay=0.1", "baseline=student", "trainer.learning_rate=1e-4",
+    ],
+)  # fmt: skip
+def test_whatever_matters_to_the_result_changes_what_a_cell_is(cell, override):
+    assert identity(cell(override)) != identity(cell())
+
+
+def test_a_local_file_counts_by_its_content(cell, jsonl_pair, tmp_path):
+    task = ("task=jsonl", "task.train_file={0}/train.jsonl", "task.test_file={0}/test.jsonl")
+    (tmp_path / "copy").mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        shutil.copy(tmp_path / name, tmp_path / "copy")
+    here, there = (identity(cell(*(each.format(folder) for each in task))) for folder in (".", tmp_path / "copy"))
+    assert here == there
+    with open(tmp_path / "copy" / "test.jsonl", "a") as file:
+        file.write('{"nums": [1, 2], "target": 2}\n')
+    config._digest.cache_clear()
+    assert identity(cell(*(each.format(tmp_path / "copy") for each in task))) != here
+
+
+def test_cells_composed_together_are_what_hydra_composes():
+    """Values, options, additions, deletions, hydra's own keys, a group's option among values."""
+    arguments = [
+        "seed=1,2", "precision=bf16,fp32", "+trainer.weight_decay=0.1", "gen=vllm", "~trainer.optim", "task.num_test=5",
+        "hydra.job.name=some", "trainer={temperature: 0.5}", "eval=sampled,greedy", "eval.num_puzzles=7",
+    ]  # fmt: skip
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        master = hydra.compose_config("config", arguments, run_mode=RunMode.MULTIRUN)
+        cells = grid(master)
+        loader = GlobalHydra.instance().config_loader()
+        plain = [loader.load_sweep_config(master, list(cell)) for cell in cells]
+        ours = compose_all(master, cells)
+        assert len(cells) == 8
+        for one, other, overrides in zip(ours, plain, cells, strict=True):
+            assert OmegaConf.to_container(one) == OmegaConf.to_container(other)
+            assert loader.load_sweep_config(master, overrides) is one, "Hydra finds what is composed"

@@ -81,9 +81,9 @@ def test_the_sweep_on_slurm_solves_what_the_local_one_solves(slurm, tmp_path):
     here.folder.mkdir()
     process = there.start(*grid, "gen=vllm,hf", *SLURM)
     try:
-        running = wait(lambda: slurm.run("squeue", "-h", "-t", "R", "-o", "%j").split(), process)
-        wait(lambda: len(slurm.run("squeue", "-h", "-t", "R").splitlines()) == 2, process)
-        assert "pending" not in running[0] and "gen=" in running[0], "a job bears its cell's name"
+        # Two at a time, and a job that runs bears its cell's name.
+        wait(lambda: slurm.run("squeue", "-h", "-t", "R", "-o", "%j").count("gen=") == 2, process)
+        assert len(slurm.run("squeue", "-h", "-r", "-t", "PD").splitlines()) == 2
         out, err = process.communicate(timeout=900)
     finally:
         process.kill()
@@ -134,7 +134,7 @@ def test_eight_cells_five_faults_and_the_same_command_again(slurm, launch):
         return [int(pid) for pid in found.stdout.split()]
 
     try:
-        wait(lambda: (launch.folder / "mlflow.db").exists() and any(launch.folder.rglob("slurm.log")), process)
+        wait(lambda: any(launch.folder.rglob("slurm.log")), process)
         wait(lambda: len(launch.runs("cell")) == 8, process)
         raises = Path(by_seed(launch)[6].data.tags["countdown_kd.folder"], "checkpoint-6")
         raises.write_text("in the way of a checkpoint")
@@ -178,7 +178,7 @@ def test_eight_cells_five_faults_and_the_same_command_again(slurm, launch):
         if word != "finished":
             log = f"{cells[seed].data.tags['countdown_kd.folder']}/slurm.log"
             assert word in out and log in out.replace("\n", "").replace(" ", "")
-    assert "checkpoint-6" in out, "the log's last lines are in the summary"
+    assert "FileExistsError" in out, "the last lines of a log are in the summary"
     shown = command_line("status", launch=launch)
     assert shown.returncode == 1 and all(word in shown.stdout for _, word, _ in told.values())
 
@@ -256,7 +256,7 @@ def test_what_was_submitted_is_what_runs(slurm, launch, tmp_path):
 def test_a_job_that_does_not_reach_the_store_says_so(slurm, launch):
     # Where the jobs are, the store's address leads nowhere.
     result = launch(
-        "-m", "seed=1", *SHORT, *SLURM, "hydra.launcher.setup=[export MLFLOW_TRACKING_URI=http://127.0.0.1:9]"
+        "-m", "seed=1", *SHORT, *SLURM, "hydra.launcher.setup=['export MLFLOW_TRACKING_URI=http://127.0.0.1:9']"
     )
     assert result.returncode == 1
     assert "does not reach the MLflow store" in result.stdout and "mlflow server" in result.stdout
@@ -291,7 +291,7 @@ def test_two_ranks_are_preempted_and_train_as_one_would(slurm, launch, tmp_path)
     )  # fmt: skip
     try:
         run = wait(
-            lambda: (launch.folder / "mlflow.db").exists()
+            lambda: any(launch.folder.rglob("slurm.log"))
             and [r for r in launch.runs("cell") if r.data.params["gen"] == "hf" and len(steps(launch, r)) >= 3],
             process,
         )[0]  # fmt: skip

@@ -1,9 +1,12 @@
 """The MLflow store, seen from the launcher."""
 
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from countdown_kd import tracking
@@ -17,14 +20,14 @@ def test_opening_makes_store_and_experiment_once_with_artifacts_beside_it(tmp_pa
     monkeypatch.chdir("/")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client, experiment_id = tracking.open_store(store(uri))
-    assert tracking.open_store(store(uri))[1] == experiment_id
+    assert tracking._open.__wrapped__(uri, "countdown_kd")[1] == experiment_id, "as another process would find it"
     location = client.get_experiment(experiment_id).artifact_location
     assert location == (tmp_path / "mlartifacts" / "countdown_kd").as_uri()
 
 
 def test_a_deleted_experiment_is_told(tmp_path):
-    client, experiment_id = tracking.open_store(store(f"sqlite:///{tmp_path}/mlflow.db"))
-    client.delete_experiment(experiment_id)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client.delete_experiment(client.create_experiment("countdown_kd"))
     with pytest.raises(Exception, match="was deleted in .* restore it, or set tracking.experiment"):
         tracking.open_store(store(f"sqlite:///{tmp_path}/mlflow.db"))
 
@@ -54,3 +57,38 @@ def test_the_way_to_the_ui_shows_no_password(uri, command):
     assert shown.endswith(command) and "secret" not in shown
     if shown != command:
         assert shown.startswith(str(Path(sys.executable).parent)), "the program that is not on the path"
+
+
+def log_as_a_cell_does(uri, run_id, steps):
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    with mlflow.start_run(run_id=run_id):
+        for step in range(1, steps + 1):
+            mlflow.log_metrics({f"train/{name}": step for name in ("loss", "on_policy_loss", "grad_norm")}, step=step)
+
+
+def test_sixteen_cells_logging_at_once_lose_nothing(tmp_path):
+    uri, steps = f"sqlite:///{tmp_path}/mlflow.db", 30
+    client, experiment_id = tracking.open_store(store(uri))
+    runs = [tracking.start_run(client, experiment_id, f"cell {n}", "cell") for n in range(16)]
+    with ProcessPoolExecutor(16, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(log_as_a_cell_does, [uri] * 16, runs, [steps] * 16))
+    for run_id in runs:
+        for name in ("train/loss", "train/on_policy_loss", "train/grad_norm"):
+            points = client.get_metric_history(run_id, name)
+            assert sorted(point.step for point in points) == list(range(1, steps + 1))
+            assert [point.value for point in points] == [point.step for point in points]
+
+
+def test_a_cell_begun_twice_counts_once_and_finished_first(tmp_path, monkeypatch):
+    client, experiment_id = tracking.open_store(store(f"sqlite:///{tmp_path}/mlflow.db"))
+    monkeypatch.setenv(tracking.SWEEP_RUN_ID, sweep := tracking.start_run(client, experiment_id, "sweep", "sweep"))
+    tags = {tracking.IDENTITY_TAG: "abc"}
+    first, second, third = (tracking.start_run(client, experiment_id, "cell", "cell", tags=tags) for _ in range(3))
+    assert tracking.find(client, experiment_id, "abc").info.run_id == third
+    tracking.end_run(client, third, "FAILED", "failed (exit code 1)")
+    tracking.end_run(client, second, "FINISHED", "finished")
+    assert tracking.find(client, experiment_id, "abc").info.run_id == second
+    assert [cell.info.run_id for cell in tracking.cells_of(client, sweep)] == [second]
+    assert tracking.find(client, experiment_id, "other") is None
