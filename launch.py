@@ -5,8 +5,13 @@
   python launch.py +sweeps=precision_gen                  the same, from a file in sweeps/
   python launch.py -m baseline=student,teacher            evaluate the models as they are, train nothing
   python launch.py precision=bf16 --cfg job               print a cell's config, run nothing
+  python launch.py -m precision=bf16,fp32 plan=true       what would run, what is done already; run nothing
+  python launch.py -m precision=bf16,fp32 hydra/launcher=slurm    the same as Slurm jobs
+  python -m countdown_kd status                           how far the newest sweep is (also: doctor)
 
-Keys (KEY=VALUE): seed, baseline, trainer.*, task.*, eval.*, model.*, teacher.*, gen.*, dist.*, tracking.*
+The same command again runs only what is missing; force=true runs everything anew.
+
+Keys (KEY=VALUE): seed, baseline, force, plan, trainer.*, task.*, eval.*, model.*, teacher.*, gen.*, dist.*, tracking.*
 A field of TRL's GOLDConfig that conf/trainer/gold.yaml does not list is added with a plus:
 +trainer.weight_decay=0.1
 

@@ -13,7 +13,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from countdown_kd.cell import MARKER, STOP_FILE, step_of
 from countdown_kd.gold import CountdownTrainer
 
-
 # With several ranks Trainer loads an optimizer to "its" device, which torch knows for cuda:0 but not for cpu:0.
 torch.serialization.register_package(
     0, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None

@@ -57,26 +57,28 @@ def test_what_is_missing_comes_with_what_to_do_and_no_password(look):
     assert time.time() - begun < 100
 
 
-def test_what_is_on_the_hub_only_is_no_mistake_online(look):
-    code, out = look("model=qwen2.5-0.5b", HF_HUB_OFFLINE="0")
-    assert code == 0, out
-    assert "– model              Qwen/Qwen2.5-0.5B-Instruct: not in the cache; the first run downloads it" in out
+def test_what_is_on_the_hub_only_is_no_mistake_online(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    line = doctor.model("teacher", "Some/Model", "abc123")
+    assert line.mark == OPEN and "the first run downloads it" in line.found
+    assert line.fix == "beforehand: hf download Some/Model --revision abc123"
 
 
-def test_a_model_in_the_cache_is_there_only_if_it_is_whole(look, tmp_path):
-    cached = tmp_path / "hub" / "models--Some--Model"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("abc")
+def test_a_model_in_the_cache_is_there_only_if_it_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", tmp_path)
+    cached = tmp_path / "models--Some--Model"
     snapshot = cached / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
+    for folder in (cached / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
     for file in ("config.json", "model-1-of-2.safetensors"):
         (snapshot / file).touch()
-    model = ["baseline=student", "model.pretrained_model_name_or_path=Some/Model"]
-    assert "✓ model              Some/Model" in look(*model, HF_HOME=str(tmp_path))[1]
+    assert doctor.model("model", "Some/Model", "main").mark == GOOD
+    assert doctor.model("model", "Some/Model", "another").mark == BAD
     index = '{"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}'
     (snapshot / "model.safetensors.index.json").write_text(index)
-    code, out = look(*model, HF_HOME=str(tmp_path))
-    assert code == 1 and "no model-2-of-2.safetensors" in out
+    line = doctor.model("model", "Some/Model", "main")
+    assert line.mark == BAD and "no model-2-of-2.safetensors" in line.found
 
 
 def test_a_version_that_does_not_fit_is_named(cell, monkeypatch):

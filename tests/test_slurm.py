@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Launcher
 
 from countdown_kd.config import ROOT
+from countdown_kd.slurm import Told, verdict
 
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=4")
 SHORT = ("trainer.max_steps=5", "trainer.per_device_train_batch_size=4", "eval.num_puzzles=40")
@@ -192,6 +194,54 @@ def test_eight_cells_five_faults_and_the_same_command_again(slurm, launch):
     assert {state(run) for run in cells.values()} == {"finished"}
     assert all(steps(launch, run) == list(range(1, 31)) for run in cells.values()), "no point lost or doubled"
     assert launch.runs("sweep")[0].info.status == "FINISHED"
+
+
+@pytest.mark.timeout(900)
+def test_a_cell_at_its_time_limit_is_queued_again_and_goes_on(slurm, launch):
+    process = launch.start(
+        "-m", "seed=1", "trainer.max_steps=150", *SHORT[1:], *SLURM, "hydra.launcher.signal_delay_s=30"
+    )
+    try:
+        run = wait(
+            lambda: (
+                any(launch.folder.rglob("slurm.log"))
+                and [run for run in launch.runs("cell") if len(steps(launch, run)) >= 2]
+            ),
+            process,
+        )[0]
+        slurm.run("scontrol", "update", f"jobid={run.data.tags['countdown_kd.slurm_job']}", "TimeLimit=1")
+        wait(lambda: state(launch.runs("cell")[0]) == "timed out, goes on", process)
+        job = launch.runs("cell")[0].data.tags["countdown_kd.slurm_job"]
+        wait(lambda: "PENDING" in slurm.run("squeue", "-h", "-j", job, "-o", "%T"), process)
+        slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=60")
+        _, err = process.communicate(timeout=400)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    (run,) = launch.runs("cell")
+    assert steps(launch, run) == list(range(1, 151)) and run.data.tags["countdown_kd.timeouts"] == "1"
+
+
+@pytest.mark.parametrize(
+    "slurms, exit_code, ran, mlflows, told",
+    [
+        ("PENDING", "0:0", False, "SCHEDULED", ("SCHEDULED", "pending")),
+        ("RUNNING", "0:0", True, "SCHEDULED", ("RUNNING", "running")),
+        ("OUT_OF_MEMORY", "0:125", True, "RUNNING", ("KILLED", "out of memory")),
+        ("OUT_OF_MEMORY", "0:125", True, "KILLED", ("KILLED", "out of memory")),
+        ("NODE_FAIL", "0:0", True, "RUNNING", ("KILLED", "node failed")),
+        ("PREEMPTED", "0:0", True, "RUNNING", ("KILLED", "preempted")),
+        ("CANCELLED", "0:0", False, "SCHEDULED", ("KILLED", "never started")),
+        ("FAILED", "1:0", True, "RUNNING", ("FAILED", "failed (exit code 1)")),
+        ("FAILED", "9:0", True, "RUNNING", ("KILLED", "killed by SIGKILL")),  # sacct's word for 137
+        ("FAILED", "137:0", True, "RUNNING", ("KILLED", "killed by SIGKILL")),  # scontrol's
+        ("FAILED", "0:9", True, "RUNNING", ("KILLED", "killed by SIGKILL")),  # the batch script itself
+        (None, "", True, "RUNNING", ("KILLED", "gone: Slurm does not know its job any more")),
+    ],
+)
+def test_every_end_has_its_word(slurms, exit_code, ran, mlflows, told):
+    run = SimpleNamespace(info=SimpleNamespace(status=mlflows), data=SimpleNamespace(tags={}))
+    assert verdict(run, slurms and Told(slurms, exit_code, ran=ran)) == told
 
 
 # ------------------------------------------------------------------------------------------------
