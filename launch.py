@@ -20,7 +20,6 @@ predictions to MLflow (tracking.uri or MLFLOW_TRACKING_URI; by default mlflow.db
 Hydra's own flags: --hydra-help
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -34,15 +33,11 @@ if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own help takes seconds to li
         print(f"  {group:<12}{', '.join(file.stem for file in files)}")
     sys.exit()
 
-try:
-    import hydra
-except ModuleNotFoundError:
-    # `python launch.py` right after `make setup`, without activating anything.
-    venv = ROOT / ".venv" / "bin" / "python"
-    if not venv.exists() or Path(sys.prefix) == venv.parent.parent:
-        sys.exit("launch.py: hydra-core is not installed here; run `make setup` first")
-    os.execv(venv, [str(venv), *sys.argv])
+from countdown_kd.venv import enter
 
+enter(*sys.argv)
+
+import hydra
 from omegaconf import DictConfig
 
 from countdown_kd.config import register_resolvers

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from countdown_kd.venv import enter
+
+enter("-m", "countdown_kd", *sys.argv[1:])
+
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 

@@ -44,7 +44,8 @@ from countdown_kd.tracking import open_store
 
 GOOD, BAD, OPEN = "✓", "✗", "–"  # there; missing; not applicable, or not to be told
 STYLES = {GOOD: "green", BAD: "bold red", OPEN: "dim"}
-LIMITS_S = {"in the queue": 120, "running": 240, "ended": 15}  # a network file system shows the result late
+# Of the probe job, by phase. Once it is done: NFS can take half a minute to show a new file.
+LIMITS_S = {"in the queue": 120, "running": 240, "done": 60, "ended": 15}
 SERVER = (
     "a cluster wants `mlflow server --host 0.0.0.0` on a machine that its nodes reach, and "
     "MLFLOW_TRACKING_URI=http://THAT-MACHINE:5000"
@@ -364,7 +365,8 @@ def wait(job: Any, folder: Path, say: Say) -> Line | None:
     while not job.paths.result_pickle.exists():
         now = slurm.ask([job.job_id])[0].get(job.job_id) or slurm.Told("unknown to Slurm")
         state = f"job {job.job_id}: {now.state} {now.reason or now.exit_code}".strip()
-        phase = "running" if now.state in slurm.RUNNING else "in the queue" if now.state in slurm.PENDING else "ended"
+        phases = {"COMPLETED": "done"} | dict.fromkeys(slurm.RUNNING, "running")
+        phase = (phases | dict.fromkeys(slurm.PENDING, "in the queue")).get(now.state, "ended")
         clock = time.time()
         waited = clock - since.setdefault(phase, clock)
         say(f"{state}, {waited:.0f} of at most {LIMITS_S[phase]} s; Ctrl-C cancels it")

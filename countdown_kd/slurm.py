@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,8 +47,13 @@ def launch(
 
     Ctrl-C leaves the jobs running and raises SystemExit; a second one within five seconds cancels them.
     """
+    from submitit.core.utils import FailedJobError
+
     from countdown_kd.status import follow
 
+    if not shutil.which("sbatch"):
+        print("hydra/launcher=slurm: there is no sbatch here. Call it on a login node of the cluster", file=sys.stderr)
+        raise SystemExit(2)
     client, experiment_id = tracking.open_store(config.tracking)
     composed = [loader.load_sweep_config(config, list(overrides)) for overrides in job_overrides]
     run_ids, cells = [], []
@@ -64,7 +70,13 @@ def launch(
         HydraConfig.instance().cfg = cfg  # for ${hydra:…} in a config
         cells.append(prepare(cfg, cfg.hydra, found))
         run_ids.append(cells[-1].run_id)
-    jobs = submit(params, cells)
+    try:
+        jobs = submit(params, cells)
+    except (FailedJobError, RuntimeError) as error:
+        for cell in cells:
+            tracking.end_run(client, cell.run_id, "KILLED", "never started")
+        print(f"\nSlurm did not take the cells: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     for cell, job_id in zip(cells, jobs, strict=True):
         client.set_tag(cell.run_id, tracking.JOB_TAG, job_id)
     try:
@@ -101,7 +113,8 @@ def leave_or_cancel(jobs: Sequence[str]) -> None:
         subprocess.run(["scancel", *jobs], check=False)
         print("\ncancelled; the same command goes on from the last checkpoints")
     else:
-        print("Look at them with: python -m countdown_kd status\nCancel them with:  scancel", *parents(jobs))
+        print(f"Look at them with: {sys.executable} -m countdown_kd status")
+        print("Cancel them with:  scancel", *parents(jobs))
     raise SystemExit(130) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from countdown_kd.sweep import close_sweep
 POLL_S = 5  # Slurm's controllers do not like to be asked more often
 GOING_ON = ("SCHEDULED", "RUNNING")
 NO_ACCOUNTING = "sacct does not answer: what became of a job is what Slurm's controller still remembers\n"
-STYLES = {"FINISHED": "green", "FAILED": "red", "KILLED": "red", "RUNNING": "bold", "SCHEDULED": "dim"}
+STYLES = {"RUNNING": "bold", "FAILED": "red", "KILLED": "red", "SCHEDULED": "dim", "FINISHED": "green"}
 
 
 def follow(client: MlflowClient, run_ids: Sequence[str]) -> None:
@@ -61,15 +62,17 @@ def look(client: MlflowClient, run_ids: Sequence[str]) -> tuple[list[Run], str]:
 
 
 def status_table(client: MlflowClient, runs: Sequence[Run]) -> Table:
-    """A row a cell; s/it is that of the last ten steps."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    """A row a cell, what runs first: a terminal may not be long enough for all; s/it is that of the last ten steps."""
+    counts = Counter(state_of(run).partition(" (")[0] for run in runs)
+    caption = f"{len(runs)} cells: " + ", ".join(f"{number} {state}" for state, number in counts.items())
+    table = Table(title=caption, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("cell", overflow="fold")
     table.add_column("state", overflow="fold")
     for header in ("step", "loss", "s/it"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("log", overflow="fold")
     names = swept_params(runs)
-    for run in runs:
+    for run in sorted(runs, key=lambda run: list(STYLES).index(run.info.status)):
         points = sorted(client.get_metric_history(run.info.run_id, "train/loss"), key=lambda point: point.step)
         folder = Path(run.data.tags.get(tracking.FOLDER_TAG, ""))
         times = [(after.timestamp - point.timestamp) / 1000 for point, after in pairwise(points[-11:])]
