@@ -238,6 +238,10 @@ def prepare(cfg: DictConfig, hydra: DictConfig, found: Standing) -> Cell:
             log.warning("%s goes on with other code than it was started with (now commit %s)", cell_name(hydra), commit)
             client.set_tag(run_id, "countdown_kd.resumed_with_code", f"{code.name} {commit}")
         client.update_run(run_id, status="SCHEDULED")
+        client.set_tag(run_id, tracking.STATE_TAG, "pending")
+        client.set_tag(run_id, tracking.TIMEOUTS_TAG, "0")
+        if _job(found.run):
+            client.delete_tag(run_id, tracking.JOB_TAG)  # that job is over
         if os.environ.get(tracking.SWEEP_RUN_ID):
             client.set_tag(run_id, tracking.PARENT_TAG, os.environ[tracking.SWEEP_RUN_ID])
     else:

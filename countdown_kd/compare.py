@@ -66,6 +66,8 @@ def show_death(console: Console, cell: Run, label: str) -> None:
 
 def state_of(cell: Run) -> str:
     """What became of a run, in a person's words."""
+    if cell.info.status == "FINISHED":
+        return "finished"
     return cell.data.tags.get(STATE_TAG, cell.info.status.lower())
 
 

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from countdown_kd import tracking
 from countdown_kd.cell import Cell, CellFailed, lock, prepare, standings
+from countdown_kd.config import validate
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def launch(
         raise SystemExit(2)
     client, experiment_id = tracking.open_store(config.tracking)
     composed = [loader.load_sweep_config(config, list(overrides)) for overrides in job_overrides]
+    for cfg in composed:
+        validate(cfg)
     run_ids, cells = [], []
     for number, (cfg, found) in enumerate(
         zip(composed, standings(client, experiment_id, composed), strict=True), initial_job_idx
@@ -220,8 +223,8 @@ class Job:
         ran_s, limit_s = _times(job_id)
         out_of_time = limit_s - ran_s < self.signal_delay_s + 60  # Slurm may be a minute early
         store, run_id = self.cell.store, self.cell.run_id
-        timeouts = int(store.get_run(run_id).data.tags.get("countdown_kd.timeouts", 0)) + out_of_time
-        store.set_tag(run_id, "countdown_kd.timeouts", str(timeouts))
+        timeouts = int(store.get_run(run_id).data.tags.get(tracking.TIMEOUTS_TAG, 0)) + out_of_time
+        store.set_tag(run_id, tracking.TIMEOUTS_TAG, str(timeouts))
         state = "timed out" if out_of_time else "preempted"
         if signal.SIGUSR2 not in self.received:
             tracking.end_run(store, run_id, "KILLED", "stopped")

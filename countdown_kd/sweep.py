@@ -42,6 +42,9 @@ class SweepCallback(Callback):
         from countdown_kd.cell import standing
         from countdown_kd.plan import show_plan
 
+        if "Slurm" in config.hydra.launcher._target_:
+            print("hydra/launcher=slurm submits sweeps, also of one cell: add -m", file=sys.stderr)
+            raise SystemExit(2)
         if config.plan:
             show_plan([config], config)
             raise SystemExit(0)
@@ -115,12 +118,12 @@ class SweepCallback(Callback):
             return
         atexit.unregister(self.finish)
         cells = tracking.cells_of(self.client, self.run_id)
-        never = len(self.identities) - len(cells)
-        if not close_sweep(self.client, self.run_id, cells, complete=never <= 0):
+        never = max(0, len(self.identities) - len(cells))  # another sweeper's cells are not known beforehand
+        if not close_sweep(self.client, self.run_id, cells, complete=never == 0):
             return  # whoever left the jobs to themselves has been told how to come back
         if cells:
             show(self.client, cells, self.uri, self.folder, self.run_id)
-        if never > 0:
+        if never:
             print(f"{never} of {len(self.identities)} cells never started")
         if missing := never + sum(cell.info.status != "FINISHED" for cell in cells):
             print(f"The same command again runs what is missing ({missing} cells), from the last checkpoints")

@@ -30,6 +30,7 @@ FOLDER_TAG = "countdown_kd.folder"
 STATE_TAG = "countdown_kd.state"  # what became of a run, in a person's words
 CODE_TAG = "countdown_kd.code"  # the hash of the code that a cell was started with
 JOB_TAG = "countdown_kd.slurm_job"
+TIMEOUTS_TAG = "countdown_kd.timeouts"  # how often a job has hit its time limit since the cell was submitted
 SHARED_TAG = "countdown_kd.shared_cells"  # of a sweep: runs that another sweep had finished before
 
 # A new SQLite store is built by dozens of migrations, each with a line of its own.

@@ -288,6 +288,12 @@ def test_a_plan_shows_the_script_and_submits_nothing(slurm, launch):
     assert not launch.runs("cell")
 
 
+def test_slurm_wants_a_sweep_and_says_so(launch):
+    result = launch(*SHORT, *SLURM)
+    assert result.returncode == 2 and "add -m" in result.stderr and "Traceback" not in result.stderr
+    assert not (launch.folder / "outputs").exists()
+
+
 def test_what_was_submitted_is_what_runs(slurm, launch, tmp_path):
     checkout = tmp_path / "checkout"
     for name in ("countdown_kd", "conf", "sweeps", "hydra_plugins"):
