@@ -1,9 +1,10 @@
-"""What is not launching: a look at a sweep from any shell, and at a machine before a sweep. Imports no torch."""
+"""What is not launching: a look at a sweep from any shell, at two runs side by side, at a machine. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from countdown_kd.venv import enter
 
@@ -25,6 +26,11 @@ def main(arguments: list[str]) -> int:
     status = commands.add_parser("status", help="the cells of a sweep: state, step, loss, s/it, log")
     status.add_argument("sweep", nargs="?", help="the beginning of a sweep's run id (default: the newest)")
     status.add_argument("--follow", action="store_true", help="until every cell has ended")
+    comparison = commands.add_parser("compare", help="what differs between runs, or between printed configs")
+    comparison.add_argument(
+        "sides", nargs="+", metavar="RUN", help="run id, run name, sweep id, or a file with configs"
+    )
+    comparison.add_argument("--all", action="store_true", help="folders, names and addresses too")
     doctor = commands.add_parser("doctor", help="is everything there that a sweep needs, here and in a job?")
     for command in (status, doctor):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[])
@@ -39,6 +45,14 @@ def main(arguments: list[str]) -> int:
             given.overrides, given.sweep = [given.sweep, *given.overrides], None
         client, experiment_id = open_store(composed(given.overrides).tracking)
         return show_status(client, experiment_id, given.sweep, given.follow)
+
+    if given.command == "compare":
+        from countdown_kd.compare import compare
+        from countdown_kd.tracking import open_store
+
+        overrides = [side for side in given.sides if "=" in side and not Path(side).exists()]
+        client, experiment_id = open_store(composed(overrides).tracking)
+        return compare(client, experiment_id, [side for side in given.sides if side not in overrides], given.all)
 
     from countdown_kd.doctor import examine
 

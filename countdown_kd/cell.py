@@ -334,7 +334,7 @@ def run_cell(cfg: DictConfig) -> float:
         supervise(cell, found.step)
 
     if not os.environ.get(tracking.SWEEP_RUN_ID):
-        from countdown_kd.compare import show
+        from countdown_kd.summary import show
 
         show(client, [client.get_run(run_id)], cfg.tracking.uri, Path(hydra.runtime.output_dir))
     return client.get_run(run_id).data.metrics["eval/accuracy"]

@@ -46,7 +46,12 @@ class Checkpoints(TrainerCallback):
         # checkpoint is whole.
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            ours = {"clock": self.trainer.clock.state(), "draws": self.trainer.draws, "max_steps": state.max_steps}
+            ours = {
+                "clock": self.trainer.clock.state(),
+                "draws": self.trainer.draws,
+                "batches": self.trainer.batches,
+                "max_steps": state.max_steps,
+            }
             marker = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", MARKER)
             marker.with_suffix(".tmp").write_text(json.dumps(ours))
             marker.with_suffix(".tmp").rename(marker)
@@ -57,7 +62,7 @@ def train(trainer: CountdownTrainer, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         ours = json.loads((checkpoint / MARKER).read_text())
         trainer.clock.load_state(ours["clock"])
-        trainer.draws = ours["draws"]
+        trainer.draws, trainer.batches = ours["draws"], ours["batches"]
         if step_of(checkpoint) >= ours["max_steps"]:
             # Trainer would take one step too many from here.
             trainer._load_from_checkpoint(str(checkpoint))

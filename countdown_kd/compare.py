@@ -1,223 +1,359 @@
-"""Runs side by side: the table that ends a sweep, and its figure. Imports no torch."""
+"""Why do two runs differ? What differs in their configs, where their curves part, what came out of them.
+
+    python -m countdown_kd compare RUN RUN…
+
+A RUN is the beginning of a run id, a run's name, a sweep (its cells), or a file with a config. Imports no torch.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import statistics
-import textwrap
-from itertools import cycle
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
-from countdown_kd.tracking import FOLDER_TAG, JOB_TAG, STATE_TAG, ui_command
+from countdown_kd import tracking
+from countdown_kd.config import ConfigError
+from countdown_kd.differences import COSMETIC, LOSS, MISSING, NOISE, SPEED, differences
+from countdown_kd.printed import flatten, read_configs
+from countdown_kd.summary import cell_label, summary_figure, summary_table, swept_params
 
-LAST_STEPS = 10  # the final loss is their mean: on- and off-policy steps differ several-fold
-
-# Okabe and Ito's palette, told apart with every kind of colour vision; and one colour a phase, sampling in warm
-# colours, models in cold ones.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-PHASE_COLOURS = {
-    "generate": "#D55E00",
-    "sync": "#E69F00",
-    "student": "#0072B2",
-    "teacher": "#56B4E9",
-    "loss": "#CC79A7",
-    "backward": "#009E73",
-    "optimizer": "#999999",
+HEADINGS = {
+    LOSS: "can change the loss",
+    SPEED: "changes speed or memory, the loss only by rounding",
+    COSMETIC: "changes nothing that is computed",
+    NOISE: "where, when and under which name",
 }
 
 
-def show(
-    client: MlflowClient,
-    cells: list[Run],
-    uri: str,
-    folder: Path,
-    sweep_run_id: str | None = None,
-) -> None:
-    """Print the cells as a table, draw the figure into ``folder`` and say where everything is."""
-    console = Console()
-    console.print()
-    console.print(summary_table(client, cells))
-    console.print(
-        f"loss: mean of the last {LAST_STEPS} steps; s/it: median, without warm-up; solved: Wilson 95 % interval",
-        style="dim",
-    )
-    for cell in cells:
-        if cell.info.status not in ("FINISHED", "SCHEDULED", "RUNNING"):
-            show_death(console, cell, cell_label(cell, swept_params(cells)))
-    if any("perf/s_per_it" in cell.data.metrics for cell in cells):
-        figure = summary_figure(client, cells, folder / "summary.png")
-        client.log_artifact(sweep_run_id or cells[0].info.run_id, str(figure))
-        print(f"\nfigure   {figure}")
-    print(f"MLflow   {ui_command(uri)}")
+@dataclass
+class Side:
+    """One of the things compared: a config, and, where it was run, the run."""
+
+    label: str
+    config: dict[str, Any]
+    run: Run | None = None
+    client: MlflowClient | None = None
+
+    def artifact(self, path: str) -> str:
+        """An artifact's text; empty where there is none."""
+        try:
+            return Path(self.client.download_artifacts(self.run.info.run_id, path)).read_text()
+        except (MlflowException, OSError):
+            return ""
+
+    @cached_property
+    def losses(self) -> dict[int, float]:
+        history = self.client.get_metric_history(self.run.info.run_id, "train/loss")
+        return {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
+
+    @cached_property
+    def batches(self) -> dict[str, list]:
+        """``on_policy``: flags by step and micro-batch; ``batches``: hashes of prompts and completions."""
+        return json.loads(self.artifact("on_policy_draws.json") or "{}")
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame | None:
+        text = self.artifact("eval_predictions.json")
+        if not text:
+            return None
+        table = json.loads(text)
+        return pd.DataFrame(table["data"], columns=table["columns"])
 
 
-def show_death(console: Console, cell: Run, label: str) -> None:
-    """What became of a cell that did not finish, where its log is, and how that ends."""
-    console.print(f"\n[red]{label}: {state_of(cell)}[/]; its log ends with", highlight=False)
-    for line in last_lines(log_of(cell)):
-        console.print(f"  │ {line}", style="dim", markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
-    print(f"  {log_of(cell)}")
-
-
-def state_of(cell: Run) -> str:
-    """What became of a run, in a person's words."""
-    if cell.info.status == "FINISHED":
-        return "finished"
-    return cell.data.tags.get(STATE_TAG, cell.info.status.lower())
-
-
-def log_of(cell: Run) -> Path:
-    """Where to read what a cell said: its Slurm job's log, which has everything, or its own."""
-    return Path(cell.data.tags.get(FOLDER_TAG, "")) / ("slurm.log" if JOB_TAG in cell.data.tags else "run.log")
-
-
-def last_lines(file: Path, count: int = 8) -> list[str]:
-    """The end of a log without its progress bars; empty where there is none."""
-    try:
-        with open(file, "rb") as stream:
-            stream.seek(max(0, file.stat().st_size - 20_000))
-            text = stream.read().decode(errors="replace")
-    except OSError:
-        return []
-    lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
-    return [line for line in lines if line.strip() and "%|" not in line][-count:]
-
-
-def swept_params(cells: list[Run]) -> list[str]:
-    """The params that differ between the cells, in the order they were recorded; all the same: none."""
-    names = list(dict.fromkeys(name for cell in cells for name in cell.data.params))
-    return [
-        name for name in names if name != "global_batch" and len({cell.data.params.get(name) for cell in cells}) > 1
-    ]
-
-
-def cell_label(cell: Run, names: list[str]) -> str:
-    """``precision=bf16 gen=vllm``: what tells a cell from its neighbours."""
-    return " ".join(f"{name}={cell.data.params.get(name, '-')}" for name in names) or cell.info.run_name
-
-
-def final_loss(client: MlflowClient, cell: Run) -> float | None:
-    """The mean train/loss of the last steps, None for a cell that did not train."""
-    history = client.get_metric_history(cell.info.run_id, "train/loss")
-    last = sorted(history, key=lambda metric: metric.step)[-LAST_STEPS:]
-    return statistics.fmean(metric.value for metric in last) if last else None
-
-
-def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
-    """A row a cell; s/it never without the batch that an iteration trains. Fits 80 columns for two swept groups."""
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    names = swept_params(cells)
+def find_sides(client: MlflowClient, experiment_id: str, names: Sequence[str]) -> list[Side]:
+    """What the names mean. Raises ConfigError for one that means nothing, or less than two things in all."""
+    sides: list[Side] = []
     for name in names:
-        table.add_column(name.removeprefix("trainer."), overflow="fold")
-    for header in ("loss", "s/it", "samples\n/s", "global\nbatch", "peak\nGiB"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("solved, %\nbefore → after", min_width=24)
-    table.add_column("cut\noff", justify="right", no_wrap=True)
+        file = Path(name).expanduser()
+        if file.is_file():
+            sides += [Side(label, config) for label, config in read_configs(file)]
+        else:
+            sides += [_of_run(client, run) for run in _runs(client, experiment_id, name)]
+    if len(sides) < 2:
+        raise ConfigError(f"{' '.join(names)}: {len(sides)} to compare; give two runs, a sweep, or two configs")
+    labels = _labels([side.run for side in sides if side.run])
+    for side in sides:
+        if side.run:
+            side.label = labels[side.run.info.run_id]
+    return sides
 
-    for cell in cells:
-        metrics = cell.data.metrics
 
-        def shown(name: str, form: str, metrics=metrics) -> str:
-            return format(metrics[name], form) if name in metrics else "–"
+def _runs(client: MlflowClient, experiment_id: str, name: str) -> list[Run]:
+    runs = client.search_runs([experiment_id], order_by=["attributes.start_time DESC"], max_results=5000)
+    found = [run for run in runs if run.info.run_id.startswith(name)] if len(name) >= 4 else []
+    if len(found) > 1:
+        raise ConfigError(f"{name}: the ids of {len(found)} runs begin so; give more of it")
+    found = found or [run for run in runs if run.info.run_name == name][:1]
+    if not found:
+        raise ConfigError(f"{name}: no run by that id or name in this store, and no such file")
+    if found[0].data.tags.get("countdown_kd.kind") == "sweep":
+        return tracking.cells_of(client, found[0].info.run_id)
+    return found
 
-        loss = final_loss(client, cell)
-        before, after = solved(metrics, "eval_before"), solved(metrics, "eval")
-        accuracy = f"{before} → {after}" if before and after else after or before or "–"
-        if cell.info.status != "FINISHED":
-            accuracy = state_of(cell)  # it has no result to compare, whatever it got to
-        row = [cell.data.params.get(name, "–") for name in names]
-        row += [
-            f"{loss:.4f}" if loss is not None else "–",
-            shown("perf/s_per_it", ".2f"),
-            shown("perf/samples_per_s", ".1f"),
-            cell.data.params.get("global_batch", "–") if loss is not None else "–",
-            shown("perf/peak_memory_gib", ".1f"),
-            accuracy,
-            shown("eval/truncated_frac", ".0%"),
-        ]
-        table.add_row(*row)
+
+def _of_run(client: MlflowClient, run: Run) -> Side:
+    side = Side(run.info.run_name, {}, run, client)
+    side.config = flatten(yaml.safe_load(side.artifact("config/effective.yaml") or "{}"))
+    return side
+
+
+def _labels(runs: list[Run]) -> dict[str, str]:
+    """What tells each run from the others; runs of one config are numbered."""
+    names, seen = swept_params(runs), defaultdict(int)
+    labels = {}
+    for run in runs:
+        label = cell_label(run, names) if names else run.info.run_id[:8]
+        seen[label] += 1
+        labels[run.info.run_id] = label if seen[label] == 1 else f"{label} #{seen[label]}"
+    return labels
+
+
+def compare(client: MlflowClient, experiment_id: str, names: Sequence[str], show_noise: bool) -> int:
+    """Print what differs between the sides. Returns 0, or 2 where there is nothing to compare."""
+    console = Console(highlight=False)
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    try:
+        sides = find_sides(client, experiment_id, names)
+    except ConfigError as error:
+        console.print(f"[red]{error}[/]")
+        return 2
+    for side in sides:
+        if side.run and side.run.info.status != "FINISHED":
+            console.print(f"[yellow]{side.label} has not finished ({side.run.info.status}): what it has is compared[/]")
+        if side.run and not side.config:
+            console.print(f"[yellow]{side.label} has no effective config: it died before, or is of another program[/]")
+    show_differences(console, sides, show_noise)
+    run = [side for side in sides if side.run]
+    if len(run) > 1:
+        show_curves(console, run)
+        show_outcomes(console, client, run)
+        figure = summary_figure(client, [side.run for side in run], Path("compare.png").absolute())
+        console.print(f"\nfigure   {figure}", soft_wrap=True)
+        sweeps = {side.run.data.tags.get(tracking.PARENT_TAG) for side in run}
+        if len(sweeps) == 1 and None not in sweeps:
+            client.log_artifact(sweeps.pop(), str(figure))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Configs
+
+
+def show_differences(console: Console, sides: list[Side], show_noise: bool) -> None:
+    found = differences([side.config for side in sides])
+    noise = [each for each in found if each.rank == NOISE and not show_noise]
+    # Two frameworks' configs, or two releases', share few keys; what only one has is as often a default as a choice.
+    lone = [each for each in found if MISSING in each.values and each not in noise and not show_noise]
+    shown = [each for each in found if each not in noise and each not in lone]
+    if not shown:
+        console.print("The configs are the same.", style="bold")
+    for rank, heading in HEADINGS.items():
+        rows = [each for each in shown if each.rank == rank]
+        if not rows:
+            continue
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=heading, title_justify="left")
+        for header in ("key", *(side.label for side in sides), "why"):
+            table.add_column(header, overflow="fold")
+        for each in rows:
+            table.add_row(each.key, *(_shown(value) for value in each.values), each.why)
+        console.print(table)
+        console.print()
+    told = [f"{len(noise)} in folders, names and addresses"] if noise else []
+    told += [f"{len(lone)} that not every side has"] if lone else []
+    if told:
+        console.print(f"Not shown without --all: {', '.join(told)}", style="dim")
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Curves
+
+
+@dataclass
+class Parting:
+    """Where two runs part: the first step (from 1) of each kind, None where they never do."""
+
+    draws: int | None
+    puzzles: int | str | None  # "?" where a run has not recorded them
+    rollouts: int | str | None
+    losses: dict[str, int | None]  # all, on-policy, off-policy
+    steps: int  # that both have
+
+
+def parting(one: Side, other: Side, noise: float) -> Parting:
+    """The first steps at which two runs differ; losses by more than ``noise``, relative to the larger."""
+    steps = sorted(set(one.losses) & set(other.losses))
+
+    def first(differ) -> int | None:
+        return next((step for step in steps if differ(step)), None)
+
+    def flags(side: Side, step: int) -> list[bool]:
+        told = side.batches.get("on_policy", [])
+        return told[step - 1] if step <= len(told) else []
+
+    def hashes(side: Side, step: int, part: int) -> list[str]:
+        told = side.batches.get("batches", [])
+        return [each[part] for each in told[step - 1]] if step <= len(told) else []
+
+    def apart(step: int) -> bool:
+        a, b = one.losses[step], other.losses[step]
+        return not math.isclose(a, b, rel_tol=noise, abs_tol=0) and not (math.isnan(a) and math.isnan(b))
+
+    recorded = bool(one.batches.get("batches") and other.batches.get("batches"))
+    return Parting(
+        draws=first(lambda step: flags(one, step) != flags(other, step)),
+        puzzles=first(lambda step: hashes(one, step, 0) != hashes(other, step, 0)) if recorded else "?",
+        rollouts=first(lambda step: hashes(one, step, 1) != hashes(other, step, 1)) if recorded else "?",
+        losses={
+            "all": first(apart),
+            "on-policy": first(lambda step: any(flags(one, step)) and apart(step)),
+            "off-policy": first(lambda step: not any(flags(one, step)) and apart(step)),
+        },
+        steps=len(steps),
+    )
+
+
+def noise_of(client: MlflowClient, experiment_id: str, sides: Sequence[Side]) -> tuple[float, int]:
+    """How far the losses of runs of one and the same config lie apart (relative), and how many pairs tell."""
+    largest, pairs = 0.0, 0
+    for key in {side.run.data.tags.get(tracking.IDENTITY_TAG) for side in sides} - {None}:
+        runs = client.search_runs(
+            [experiment_id], f"tags.`{tracking.IDENTITY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
+        )
+        repeats = [Side("", {}, run, client).losses for run in runs]
+        for other in repeats[1:]:
+            pairs += 1
+            for step in set(repeats[0]) & set(other):
+                a, b = repeats[0][step], other[step]
+                largest = max(largest, abs(a - b) / max(abs(a), abs(b), 1e-12))
+    return largest, pairs
+
+
+def show_curves(console: Console, sides: list[Side]) -> None:
+    trained = [side for side in sides if side.losses]
+    if len(trained) < 2:
+        return
+    first = trained[0]
+    measured, pairs = noise_of(first.client, first.run.info.experiment_id, trained)
+    noise = max(measured, 1e-6)
+    source = f"of {pairs} repeated runs" if pairs else "rounding: no run is repeated here, force=true repeats one"
+    console.print(f"\n[bold]Curves[/], against {first.label}; noise {noise:.1e} ({source})")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for header in ("first step that differs", "draws", "puzzles", "rollouts", "loss", "on-policy", "off-policy", "of"):
+        table.add_column(header, justify="left" if header.startswith("first") else "right")
+    for other in trained[1:]:
+        part = parting(first, other, noise)
+        cells = (part.draws, part.puzzles, part.rollouts, *part.losses.values())
+        table.add_row(other.label, *("never" if step is None else str(step) for step in cells), f"{part.steps} steps")
+    console.print(table)
+
+
+# ------------------------------------------------------------------------------------------------
+# Outcomes
+
+
+def show_outcomes(console: Console, client: MlflowClient, sides: list[Side]) -> None:
+    console.print("\n[bold]Outcomes[/]")
+    console.print(summary_table(client, [side.run for side in sides]))
+    show_seeds(console, sides)
+    told = [side for side in sides if side.predictions is not None]
+    if len(told) < 2:
+        return
+    first = told[0]
+    puzzles = first.predictions[["numbers", "target"]].astype(str)
+    for other in told[1:]:
+        if not puzzles.equals(other.predictions[["numbers", "target"]].astype(str)):
+            console.print(f"\n{other.label} was evaluated on other puzzles than {first.label}: not compared one by one")
+            continue
+        gained, lost, p = mcnemar(first.predictions, other.predictions)
+        console.print(
+            f"\n[bold]{first.label} → {other.label}[/]: {gained} puzzles gained, {lost} lost of "
+            f"{len(first.predictions)}; McNemar (exact) p = {p:.2g}"
+        )
+        console.print(_moved_table(moved(first.predictions, other.predictions)))
+
+
+def mcnemar(one: pd.DataFrame, other: pd.DataFrame) -> tuple[int, int, float]:
+    """Puzzles that only the other solves, that only the one solves, and the exact two-sided p-value.
+
+    McNemar (1947), in the exact binomial form: a puzzle that just one of them solves is as likely to be either's.
+    """
+    a, b = one["label"] == "correct", other["label"] == "correct"
+    gained, lost = int((~a & b).sum()), int((a & ~b).sum())
+    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return gained, lost, float(p)
+
+
+def moved(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """How many puzzles went from each class (rows) to each class (columns)."""
+    return pd.crosstab(one["label"], other["label"])
+
+
+def _moved_table(counts: pd.DataFrame) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("from ↓  to →")
+    for name in counts.columns:
+        table.add_column(name.replace("_", "\n"), justify="right")
+    for name, row in counts.iterrows():
+        table.add_row(
+            name, *(("[dim]·[/]" if not n else f"[bold]{n}[/]" if c == name else str(n)) for c, n in row.items())
+        )
     return table
 
 
-def solved(metrics: dict[str, float], prefix: str) -> str:
-    """An accuracy with its interval in per cent, ``52 (47–57)``; empty where it was not measured."""
-    if f"{prefix}/accuracy" not in metrics:
-        return ""
-    value, low, high = _percentages(metrics, prefix)
-    return f"{value:.0f} ({low:.0f}–{high:.0f})"
+def show_seeds(console: Console, sides: list[Side]) -> None:
+    """Where cells differ in nothing but their seed: mean and 95 % t-interval over the seeds."""
+    groups: dict[str, list[Side]] = defaultdict(list)
+    for side in sides:
+        rest = {key: value for key, value in side.run.data.params.items() if key != "seed"}
+        groups[json.dumps(rest, sort_keys=True)].append(side)
+    groups = {
+        key: group for key, group in groups.items() if len({side.run.data.params.get("seed") for side in group}) > 1
+    }
+    if not groups:
+        return
+    runs = [side.run for side in sides]
+    names = [name for name in swept_params(runs) if name != "seed"]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for header in ("over seeds", "seeds", "loss", "solved, %"):
+        table.add_column(header, justify="left" if header == "over seeds" else "right")
+    for group in groups.values():
+        losses = [statistics.fmean(list(side.losses.values())[-10:]) for side in group if side.losses]
+        solved = [
+            100 * side.run.data.metrics["eval/accuracy"] for side in group if "eval/accuracy" in side.run.data.metrics
+        ]
+        label = cell_label(group[0].run, names) if names else "all"
+        table.add_row(label, str(len(group)), interval(losses, ".4f"), interval(solved, ".1f"))
+    console.print(table)
 
 
-def _percentages(metrics: dict[str, float], prefix: str) -> tuple[float, ...]:
-    """An accuracy and the two ends of its interval, in per cent."""
-    return tuple(100 * metrics[f"{prefix}/{name}"] for name in ("accuracy", "accuracy_low", "accuracy_high"))
-
-
-def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
-    """Loss by step, accuracy before and after with intervals, and where an iteration's time goes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = swept_params(cells)
-    labels = [textwrap.fill(cell_label(cell, names), 32, max_lines=3) for cell in cells]
-    rows = range(len(cells))
-    figure, (losses, accuracies, times) = plt.subplots(
-        1, 3, figsize=(15, 2.6 + 0.45 * max(4, len(cells))), layout="constrained"
-    )
-
-    for cell, label, colour in zip(cells, labels, cycle(COLOURS)):
-        history = sorted(client.get_metric_history(cell.info.run_id, "train/loss"), key=lambda m: m.step)
-        if not history:
-            continue
-        steps, values = [m.step for m in history], [m.value for m in history]
-        smooth = [statistics.fmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
-        losses.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-        losses.plot(steps, smooth, color=colour, linewidth=1.8, label=label)
-    losses.set(title="Training loss (thick: mean of 10 steps)", xlabel="optimizer step", yscale="log")
-    losses.grid(alpha=0.25)
-    if losses.lines:
-        losses.legend(fontsize=8, frameon=False)
-
-    for row, cell, colour in zip(rows, cells, cycle(COLOURS)):
-        for prefix, filled in (("eval_before", False), ("eval", True)):
-            metrics = cell.data.metrics
-            if f"{prefix}/accuracy" not in metrics:
-                continue
-            value, low, high = _percentages(metrics, prefix)
-            accuracies.errorbar(
-                value, row, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3,
-                markersize=7, markerfacecolor=colour if filled else "white",
-            )  # fmt: skip
-    accuracies.set(
-        title="Puzzles solved: ○ before, ● after (95 %)", xlabel="%", xlim=(0, 100),
-        yticks=list(rows), yticklabels=labels, ylim=(len(cells) - 0.5, -0.5),
-    )  # fmt: skip
-    accuracies.grid(axis="x", alpha=0.25)
-
-    starts = [0.0] * len(cells)
-    for phase, colour in PHASE_COLOURS.items():
-        seconds = [cell.data.metrics.get(f"perf/phase/{phase}_s", 0.0) for cell in cells]
-        times.barh(list(rows), seconds, left=starts, color=colour, label=phase, height=0.6)
-        starts = [start + s for start, s in zip(starts, seconds, strict=True)]
-    for row, cell, end in zip(rows, cells, starts, strict=True):
-        if "perf/samples_per_s" in cell.data.metrics:
-            rate = cell.data.metrics["perf/samples_per_s"]
-            times.text(end, row, f" {rate:.1f} samples/s", va="center", fontsize=9)
-    times.set(
-        title="Where an iteration's time goes", xlabel="seconds an optimizer step",
-        yticks=list(rows), yticklabels=[], ylim=(len(cells) - 0.5, -0.5),
-        xlim=(0, 1.35 * max(starts) or 1),
-    )  # fmt: skip
-    times.legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-
-    for axes in (losses, accuracies, times):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
-    return file
+def interval(values: list[float], form: str) -> str:
+    """Mean and Student's 95 % interval, as ``0.51 (0.48–0.54)``."""
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return format(mean, form)
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:{form}} ({mean - half:{form}}–{mean + half:{form}})"

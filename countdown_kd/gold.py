@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from unittest import mock
 
 import torch
@@ -94,13 +95,15 @@ def make_vllm(
 class CountdownTrainer(GOLDTrainer):
     """GOLDTrainer with pinned draws, the rollout dtype handed to vLLM, and timed phases.
 
-    ``clock`` holds the timings, ``draws`` one list of flags per optimizer step: which of its micro-batches the
-    student sampled itself (of the ranks, rank 0 draws for all).
+    ``clock`` holds the timings. ``draws`` and ``batches`` have a list per optimizer step with an entry per micro-batch:
+    whether the student sampled it itself (of the ranks, rank 0 draws for all), and a hash of its prompts and one of
+    its completions, by which runs can be told to have seen the same.
     """
 
     def __init__(self, *, args: GOLDConfig, gen: DictConfig, **kwargs):
         self.clock = StepClock()
         self.draws: list[list[bool]] = []
+        self.batches: list[list[tuple[str, str]]] = []
         # TRL builds its own engine where use_vllm is set; ours takes its place.
         use_vllm, args.use_vllm = args.use_vllm, False
         super().__init__(args=args, **kwargs)
@@ -138,6 +141,7 @@ class CountdownTrainer(GOLDTrainer):
         super()._fill_buffer(generation_batch, buffer_steps)
 
         self.draws.append(list(self._buffered_on_policy))
+        self.batches.append([fingerprints(inputs) for inputs in self._buffered_inputs])
         metrics = self._metrics["train"]
         metrics["rollout/on_policy_frac"].append(sum(self.draws[-1]) / buffer_steps)
         for inputs, on_policy in zip(self._buffered_inputs, self._buffered_on_policy, strict=True):
@@ -156,3 +160,16 @@ def rollout_lengths(labels: torch.Tensor, eos_token_id: int | list[int]) -> tupl
     sampled = labels != -100
     ended = torch.isin(labels, torch.tensor(eos_token_id, device=labels.device)) & sampled
     return sampled.sum(dim=1), ~ended.any(dim=1)
+
+
+def fingerprints(inputs: dict[str, torch.Tensor]) -> tuple[str, str]:
+    """A hash of a micro-batch's prompts and one of its completions, whatever the padding.
+
+    ``input_ids``, ``attention_mask`` and ``labels`` are (batch, sequence), labels -100 outside the completion.
+    """
+    completion = inputs["labels"] != -100
+    prompt = inputs["attention_mask"].bool() & ~completion
+    return tuple(
+        hashlib.sha256(inputs["input_ids"][part].to("cpu", torch.int64).numpy().tobytes()).hexdigest()[:8]
+        for part in (prompt, completion)
+    )

@@ -139,11 +139,11 @@ def record_evaluation(prefix: str, evaluation: Evaluation) -> None:
 
 
 def record_training(trainer: CountdownTrainer) -> None:
-    """Timings, and which micro-batches of each step were on-policy."""
+    """Timings, which micro-batches of each step were on-policy, and what was in them."""
     if mlflow.active_run() is None:
         return
     _log_once(trainer.clock.metrics(global_batch(trainer.args)))
-    mlflow.log_dict({"on_policy": trainer.draws}, "on_policy_draws.json")
+    mlflow.log_dict({"on_policy": trainer.draws, "batches": trainer.batches}, "on_policy_draws.json")
 
 
 def _log_once(metrics: dict[str, float]) -> None:

@@ -19,8 +19,8 @@ from rich.live import Live
 from rich.table import Table
 
 from countdown_kd import tracking
-from countdown_kd.compare import cell_label, log_of, state_of, swept_params
 from countdown_kd.slurm import refresh
+from countdown_kd.summary import cell_label, log_of, state_of, swept_params
 from countdown_kd.sweep import close_sweep
 
 POLL_S = 5  # Slurm's controllers do not like to be asked more often

@@ -112,7 +112,7 @@ class SweepCallback(Callback):
     def finish(self) -> None:
         """Close the parent run as what the sweep was and show its cells side by side."""
         from countdown_kd import tracking
-        from countdown_kd.compare import show
+        from countdown_kd.summary import show
 
         if os.environ.pop(tracking.SWEEP_RUN_ID, None) is None:
             return

@@ -1,107 +1,170 @@
-"""The table and figure that end a sweep, over a real store with made-up runs."""
+"""Runs and configs side by side."""
 
+import os
+import subprocess
+import sys
+
+import pandas as pd
 import pytest
-from mlflow import MlflowClient
-from mlflow.entities import Metric
-from rich.console import Console
+from conftest import Launcher
 
-from countdown_kd.compare import show, summary_figure, summary_table, swept_params
+from countdown_kd.compare import interval, mcnemar, moved
+from countdown_kd.config import ConfigError
+from countdown_kd.differences import COSMETIC, LOSS, NOISE, SPEED, differences
+from countdown_kd.printed import flatten, read_configs
 
-METRICS = {
-    "perf/s_per_it": 1.234,
-    "perf/samples_per_s": 12.96,
-    "perf/peak_memory_gib": 1.26,
-    "eval_before/accuracy": 0.25,
-    "eval_before/accuracy_low": 0.21,
-    "eval_before/accuracy_high": 0.295,
-    "eval/accuracy": 0.525,
-    "eval/accuracy_low": 0.476,
-    "eval/accuracy_high": 0.573,
-    "eval/truncated_frac": 0.0325,
-    "perf/phase/generate_s": 0.6,
-    "perf/phase/backward_s": 0.5,
-}
+SHORT = ("trainer.max_steps=6", "trainer.per_device_train_batch_size=4", "eval.num_puzzles=30")
 
 
-@pytest.fixture
-def store(tmp_path):
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    experiment = client.create_experiment("x", artifact_location=(tmp_path / "artifacts").as_uri())
-
-    def add(params, metrics=METRICS, losses=(), status="FINISHED"):
-        run_id = client.create_run(experiment, run_name="cell").info.run_id
-        for key, value in params.items():
-            client.log_param(run_id, key, value)
-        points = [Metric(key, value, 0, 0) for key, value in metrics.items()]
-        points += [Metric("train/loss", value, 0, step) for step, value in enumerate(losses, start=1)]
-        client.log_batch(run_id, metrics=points)
-        client.set_terminated(run_id, status)
-        return client.get_run(run_id)
-
-    return client, add
+def command(launch, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "countdown_kd", "compare", *arguments], cwd=launch.folder, text=True,
+        env=os.environ | {"MLFLOW_TRACKING_URI": launch.uri, "COLUMNS": "140"}, capture_output=True, timeout=120,
+    )  # fmt: skip
 
 
-def printed(table, width=80):
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))
-    console.print(table)
-    return console.export_text()
+# ------------------------------------------------------------------------------------------------
+# Printed configs
 
 
-def four(add):
-    losses = [9.0] * 20 + [0.1] * 5 + [0.3] * 5
-    return [
-        add({"precision": precision, "gen": gen, "global_batch": "16"}, losses=losses)
-        for precision in ("bf16", "fp32")
-        for gen in ("vllm", "hf")
-    ]
+def test_two_printed_gold_configs_in_one_note(tmp_path):
+    from trl.experimental.gold import GOLDConfig
+
+    ours = GOLDConfig(output_dir="here", use_cpu=True, bf16=True, run_name="a")
+    theirs = GOLDConfig(
+        output_dir="there", use_cpu=True, bf16=False, run_name="b", eval_steps=100, gradient_checkpointing_kwargs={},
+    )  # fmt: skip
+    note = tmp_path / "note.md"
+    indented = "\n".join(f"    {line}" for line in str(theirs).splitlines())
+    note.write_text(
+        f"# Losses\n<summary>One</summary>\n```\n{ours}\n```\n<summary>Two</summary>\n\n```\n{indented}\n```\n"
+        "args = GOLDConfig(\n    lmbda=0.9,\n)\n"
+    )
+    (one, first), (two, second) = read_configs(note)
+    assert (one, two) == ("One", "Two") and len(first) > 100
+    found = {each.key: each.rank for each in differences([first, second])}
+    assert found.pop("bf16") == LOSS and found.pop("eval_steps") == COSMETIC
+    assert found.pop("gradient_checkpointing_kwargs") == COSMETIC
+    assert {each for each in found.values()} <= {NOISE, COSMETIC}
 
 
-def test_a_row_a_cell_with_its_swept_options_and_figures_in_80_columns(store):
-    client, add = store
-    text = printed(summary_table(client, four(add)))
-    assert max(map(len, text.splitlines())) <= 80
-    rows = [line for line in text.splitlines() if "25 (21–30) → 52 (48–57)" in line]
-    assert [row.split()[:7] for row in rows] == [
-        [precision, gen, "0.2000", "1.23", "13.0", "16", "1.3"]
-        for precision in ("bf16", "fp32")
-        for gen in ("vllm", "hf")
-    ], "the final loss is the mean of the last ten steps"
+def test_other_frameworks_names_and_spellings_become_gold_configs():
+    oumi = flatten(
+        {"training": {"gold": {"beta": 0.0, "lmbda": 0.5}, "optimizer": "adamw_torch", "learning_rate": 1e-5}}
+    )
+    assert oumi == {"beta": 0, "lmbda": 0.5, "optim": "adamw_torch", "learning_rate": 1e-5}
+    printed = flatten({"eval_strategy": "IntervalStrategy.NO", "evaluation_strategy": "no", "max_grad_norm": 1.0})
+    assert printed == {"eval_strategy": "no", "max_grad_norm": 1}
 
 
-def test_only_params_that_differ_are_columns(store):
-    _, add = store
-    cells = [add({"model": "tiny", "seed": seed, "global_batch": seed}) for seed in ("1", "2")]
-    assert swept_params(cells) == ["seed"]
+def test_what_can_change_the_loss_comes_first():
+    one = {"logging_steps": 1, "vllm_mode": "colocate", "beta": 0, "output_dir": "a", "data": 1, "brand_new_key": 1}
+    other = {"logging_steps": 2, "vllm_mode": "server", "beta": 1, "output_dir": "b", "data": 1, "brand_new_key": 2}
+    found = differences([one, other])
+    assert [each.key for each in found] == ["beta", "brand_new_key", "vllm_mode", "logging_steps", "output_dir"]
+    assert [each.rank for each in found] == [LOSS, LOSS, SPEED, COSMETIC, NOISE]
+    assert "KL(teacher || student)" in found[0].why and found[1].why == "not known to be harmless"
 
 
-def test_a_cell_that_did_not_finish_is_shown_as_what_it_was(store):
-    client, add = store
-    cells = [add({"seed": "1"}), add({"seed": "2"}, metrics={}, status="KILLED")]
-    text = printed(summary_table(client, cells))
-    assert text.count("KILLED") == 1 and "FINISHED" not in text
+@pytest.mark.parametrize("text", ["nothing here", "GOLDConfig(" + "(" * 100_000 + ")", "GOLDConfig(\n" + "x" * 10**6])
+def test_text_without_a_config_is_told_and_never_run(tmp_path, text):
+    (tmp_path / "x.txt").write_text(text)
+    with pytest.raises(ConfigError, match="no config in it"):
+        read_configs(tmp_path / "x.txt")
 
 
-def test_a_baseline_has_an_accuracy_and_no_training_figures(store):
-    client, add = store
-    metrics = {name: value for name, value in METRICS.items() if name.startswith("eval/")}
-    text = printed(summary_table(client, [add({}, metrics=metrics)]))
-    (row,) = [line for line in text.splitlines() if "52 (48–57)" in line]
-    assert row.split() == ["–", "–", "–", "–", "–", "52", "(48–57)", "3%"]
+@pytest.mark.parametrize("name, text", [("x.yaml", "- 1"), ("x.json", "{"), ("y.yaml", "a: [")])
+def test_a_file_that_is_no_config_is_told(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=name):
+        read_configs(tmp_path / name)
 
 
-def test_the_figure_copes_with_cells_that_have_nothing_to_show(store, tmp_path, recwarn):
-    client, add = store
-    cells = [*four(add), add({"precision": "x" * 200, "gen": "hf"}, metrics={}, status="FAILED")]
-    file = summary_figure(client, cells, tmp_path / "summary.png")
-    assert file.read_bytes().startswith(b"\x89PNG")
-    assert not [str(w.message) for w in recwarn if "layout" in str(w.message)]
+# ------------------------------------------------------------------------------------------------
+# Numbers
 
 
-def test_the_end_of_a_sweep_names_the_figure_and_the_way_to_the_ui(store, tmp_path, capsys):
-    client, add = store
-    cells = four(add)
-    show(client, cells, f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
-    out = capsys.readouterr().out
-    assert f"{tmp_path}/summary.png" in out
-    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in out
-    assert [file.path for file in client.list_artifacts(cells[0].info.run_id)] == ["summary.png"]
+def test_mcnemar_counts_the_puzzles_that_one_of_them_solves():
+    one = pd.DataFrame({"label": ["correct"] * 3 + ["wrong_value"] * 12})
+    other = pd.DataFrame({"label": ["correct"] * 2 + ["wrong_value"] + ["correct"] * 9 + ["missing_answer_tags"] * 3})
+    gained, lost, p = mcnemar(one, other)
+    # Ten puzzles, one of them lost: 2 * (1 + 10) / 2**10.
+    assert (gained, lost) == (9, 1) and p == pytest.approx(22 / 1024)
+    assert mcnemar(one, one) == (0, 0, 1.0)
+    counts = moved(one, other)
+    assert counts.to_numpy().sum() == 15 and counts.loc["wrong_value", "missing_answer_tags"] == 3
+
+
+def test_the_interval_over_seeds_is_students():
+    assert interval([1.0, 2.0, 3.0], ".2f") == "2.00 (-0.48–4.48)"
+    assert interval([2.0], ".1f") == "2.0" and interval([], ".1f") == "–"
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def runs(launch_once):
+    for overrides in (("seed=1",), ("seed=1", "force=true"), ("seed=1", "trainer.learning_rate=1e-4")):
+        result = launch_once(*overrides, *SHORT)
+        assert result.returncode == 0, result.stderr
+    return launch_once, [run.info.run_id for run in launch_once.runs("cell")]
+
+
+def test_two_runs_of_one_config_are_told_to_agree(runs):
+    launch, (one, again, _) = runs
+    result = command(launch, one, again)
+    assert result.returncode == 0, result.stderr
+    assert "The configs are the same." in result.stdout
+    curve = next(line for line in result.stdout.splitlines() if line.strip().endswith("6 steps"))
+    assert curve.split()[-8:-2] == ["never"] * 6
+    assert "0 puzzles gained, 0 lost" in result.stdout
+
+
+def test_the_key_that_differs_and_the_step_where_the_losses_part(runs):
+    launch, (one, _, other) = runs
+    result = command(launch, one[:8], other[:8])
+    assert result.returncode == 0, result.stderr
+    assert "learning_rate" in result.stdout and "the size of an update" in result.stdout
+    assert "logging_steps" not in result.stdout and "output_dir" not in result.stdout
+    curve = next(line for line in result.stdout.splitlines() if line.strip().endswith("6 steps")).split()
+    draws, puzzles, rollouts, loss = curve[-8:-4]
+    # The first update has warm-up's learning rate 0; from the second on the weights differ.
+    assert (draws, puzzles) == ("never", "never") and int(loss) in (2, 3)
+    assert rollouts == "never" or int(rollouts) >= int(loss)
+    assert "of 1 repeated runs" in result.stdout and "--all" in result.stdout
+    assert "output_dir" in command(launch, one, other, "--all").stdout
+
+
+def test_mistakes_are_told(runs, tmp_path):
+    launch, (one, *_) = runs
+    for arguments, word in (
+        (("nonsense", one), "no run by that id or name"),
+        ((one,), "1 to compare"),
+        ((str(tmp_path / "missing.yaml"), one), "no such file"),
+    ):
+        result = command(launch, *arguments)
+        assert result.returncode == 2 and word in " ".join(result.stdout.split()) and "Traceback" not in result.stderr
+
+
+def test_another_set_of_puzzles_and_an_unfinished_run_are_said(runs):
+    launch, (one, *_) = runs
+    result = launch("seed=1", *SHORT[:2], "eval.num_puzzles=10")
+    assert result.returncode == 0, result.stderr
+    other = launch.runs("cell")[-1].info.run_id
+    launch.client.update_run(other, status="RUNNING")
+    result = command(launch, one, other)
+    assert "has not finished (RUNNING)" in result.stdout
+    assert "evaluated on other puzzles" in result.stdout
+
+
+def test_a_sweep_is_compared_by_its_cells(tmp_path):
+    launch = Launcher(tmp_path)
+    assert launch("-m", "baseline=student,teacher", "eval.num_puzzles=30").returncode == 0
+    result = command(launch, launch.runs("sweep")[0].info.run_id)
+    assert result.returncode == 0, result.stderr
+    assert "baseline=student → baseline=teacher" in result.stdout
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    (sweep,) = launch.runs("sweep")
+    assert "compare.png" in [file.path for file in launch.client.list_artifacts(sweep.info.run_id)]

@@ -11,10 +11,10 @@ from hydra.utils import instantiate
 from omegaconf import open_dict
 
 from countdown_kd import perf
-from countdown_kd.compare import PHASE_COLOURS
 from countdown_kd.config import ROOT, register_resolvers
 from countdown_kd.gold import CountdownTrainer, rollout_lengths
 from countdown_kd.run import load
+from countdown_kd.summary import PHASE_COLOURS
 
 register_resolvers()  # also in the processes that are spawned below
 

@@ -1,0 +1,107 @@
+"""The table and figure that end a sweep, over a real store with made-up runs."""
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from rich.console import Console
+
+from countdown_kd.summary import show, summary_figure, summary_table, swept_params
+
+METRICS = {
+    "perf/s_per_it": 1.234,
+    "perf/samples_per_s": 12.96,
+    "perf/peak_memory_gib": 1.26,
+    "eval_before/accuracy": 0.25,
+    "eval_before/accuracy_low": 0.21,
+    "eval_before/accuracy_high": 0.295,
+    "eval/accuracy": 0.525,
+    "eval/accuracy_low": 0.476,
+    "eval/accuracy_high": 0.573,
+    "eval/truncated_frac": 0.0325,
+    "perf/phase/generate_s": 0.6,
+    "perf/phase/backward_s": 0.5,
+}
+
+
+@pytest.fixture
+def store(tmp_path):
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("x", artifact_location=(tmp_path / "artifacts").as_uri())
+
+    def add(params, metrics=METRICS, losses=(), status="FINISHED"):
+        run_id = client.create_run(experiment, run_name="cell").info.run_id
+        for key, value in params.items():
+            client.log_param(run_id, key, value)
+        points = [Metric(key, value, 0, 0) for key, value in metrics.items()]
+        points += [Metric("train/loss", value, 0, step) for step, value in enumerate(losses, start=1)]
+        client.log_batch(run_id, metrics=points)
+        client.set_terminated(run_id, status)
+        return client.get_run(run_id)
+
+    return client, add
+
+
+def printed(table, width=80):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    console.print(table)
+    return console.export_text()
+
+
+def four(add):
+    losses = [9.0] * 20 + [0.1] * 5 + [0.3] * 5
+    return [
+        add({"precision": precision, "gen": gen, "global_batch": "16"}, losses=losses)
+        for precision in ("bf16", "fp32")
+        for gen in ("vllm", "hf")
+    ]
+
+
+def test_a_row_a_cell_with_its_swept_options_and_figures_in_80_columns(store):
+    client, add = store
+    text = printed(summary_table(client, four(add)))
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [line for line in text.splitlines() if "25 (21–30) → 52 (48–57)" in line]
+    assert [row.split()[:7] for row in rows] == [
+        [precision, gen, "0.2000", "1.23", "13.0", "16", "1.3"]
+        for precision in ("bf16", "fp32")
+        for gen in ("vllm", "hf")
+    ], "the final loss is the mean of the last ten steps"
+
+
+def test_only_params_that_differ_are_columns(store):
+    _, add = store
+    cells = [add({"model": "tiny", "seed": seed, "global_batch": seed}) for seed in ("1", "2")]
+    assert swept_params(cells) == ["seed"]
+
+
+def test_a_cell_that_did_not_finish_is_shown_as_what_it_was(store):
+    client, add = store
+    cells = [add({"seed": "1"}), add({"seed": "2"}, metrics={}, status="KILLED")]
+    text = printed(summary_table(client, cells))
+    assert text.count("KILLED") == 1 and "FINISHED" not in text
+
+
+def test_a_baseline_has_an_accuracy_and_no_training_figures(store):
+    client, add = store
+    metrics = {name: value for name, value in METRICS.items() if name.startswith("eval/")}
+    text = printed(summary_table(client, [add({}, metrics=metrics)]))
+    (row,) = [line for line in text.splitlines() if "52 (48–57)" in line]
+    assert row.split() == ["–", "–", "–", "–", "–", "52", "(48–57)", "3%"]
+
+
+def test_the_figure_copes_with_cells_that_have_nothing_to_show(store, tmp_path, recwarn):
+    client, add = store
+    cells = [*four(add), add({"precision": "x" * 200, "gen": "hf"}, metrics={}, status="FAILED")]
+    file = summary_figure(client, cells, tmp_path / "summary.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert not [str(w.message) for w in recwarn if "layout" in str(w.message)]
+
+
+def test_the_end_of_a_sweep_names_the_figure_and_the_way_to_the_ui(store, tmp_path, capsys):
+    client, add = store
+    cells = four(add)
+    show(client, cells, f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/summary.png" in out
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in out
+    assert [file.path for file in client.list_artifacts(cells[0].info.run_id)] == ["summary.png"]
