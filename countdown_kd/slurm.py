@@ -59,12 +59,15 @@ def launch(
     composed = [loader.load_sweep_config(config, list(overrides)) for overrides in job_overrides]
     for cfg in composed:
         validate(cfg)
-    run_ids, cells = [], []
+    run_ids: dict[str, str] = {}  # by identity: a cell that is asked for twice runs once
+    identities, cells = [], []
     for number, (cfg, found) in enumerate(
         zip(composed, standings(client, experiment_id, composed), strict=True), initial_job_idx
     ):
+        identities.append(found.identity)
         if found.what in ("done", "active"):
-            run_ids.append(found.run.info.run_id)
+            run_ids[found.identity] = found.run.info.run_id
+        if found.identity in run_ids:
             continue
         with read_write(cfg.hydra), read_write(cfg.hydra.runtime), open_dict(cfg.hydra):
             cfg.hydra.job.num = number
@@ -72,7 +75,7 @@ def launch(
             cfg.hydra.runtime.output_dir = os.path.abspath(os.path.join(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir))
         HydraConfig.instance().cfg = cfg  # for ${hydra:…} in a config
         cells.append(prepare(cfg, cfg.hydra, found))
-        run_ids.append(cells[-1].run_id)
+        run_ids[found.identity] = cells[-1].run_id
     try:
         jobs = submit(params, cells)
     except (FailedJobError, RuntimeError) as error:
@@ -83,14 +86,14 @@ def launch(
     for cell, job_id in zip(cells, jobs, strict=True):
         client.set_tag(cell.run_id, tracking.JOB_TAG, job_id)
     try:
-        follow(client, run_ids)
+        follow(client, list(run_ids.values()))
         wait_to_leave(jobs)
     except KeyboardInterrupt:
-        leave_or_cancel(jobs)
+        leave_or_cancel(client, list(run_ids.values()))
 
     returns = []
-    for overrides, run_id in zip(job_overrides, run_ids, strict=True):
-        run = client.get_run(run_id)
+    for overrides, identity in zip(job_overrides, identities, strict=True):
+        run = client.get_run(run_ids[identity])
         done = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
         done.return_value = run.data.metrics.get("eval/accuracy")
         if run.info.status != "FINISHED":
@@ -107,18 +110,23 @@ def wait_to_leave(jobs: Sequence[str], patience_s: float = 60) -> None:
         time.sleep(1)
 
 
-def leave_or_cancel(jobs: Sequence[str]) -> None:
-    """After Ctrl-C: leave, unless there is another within five seconds."""
+def leave_or_cancel(client: MlflowClient, run_ids: Sequence[str]) -> None:
+    """After Ctrl-C: leave (SystemExit), or cancel where there is another within five seconds."""
+    from countdown_kd.status import GOING_ON, follow
+
+    runs = [client.get_run(run_id) for run_id in run_ids]
+    jobs = [run.data.tags[tracking.JOB_TAG] for run in runs if run.info.status in GOING_ON]
     print("\nThe jobs go on. Ctrl-C again within 5 seconds cancels them.", flush=True)
     try:
         time.sleep(5)
     except KeyboardInterrupt:
         subprocess.run(["scancel", *jobs], check=False)
-        print("\ncancelled; the same command goes on from the last checkpoints")
+        follow(client, run_ids)
+        wait_to_leave(jobs)
     else:
         print(f"Look at them with: {sys.executable} -m countdown_kd status")
         print("Cancel them with:  scancel", *parents(jobs))
-    raise SystemExit(130) from None
+        raise SystemExit(130) from None
 
 
 def submit(params: dict[str, Any], cells: Sequence[Cell]) -> list[str]:
@@ -143,7 +151,7 @@ def executor(params: dict[str, Any], folder: Path, code: Path | str):
     ours = {"submitit_folder", "max_num_timeout", "_target_"}
     base = {each.name for each in dataclasses.fields(BaseQueueConf)}
     given = {key: value for key, value in params.items() if key not in ours and value is not None}
-    given["setup"] = [*given.get("setup", []), f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    given["setup"] = [*given.get("setup", []), f'export PYTHONPATH="{code}"${{PYTHONPATH:+:$PYTHONPATH}}']
     auto = submitit.AutoExecutor(folder=folder, cluster="slurm")
     auto.update_parameters(**{key if key in base else f"slurm_{key}": value for key, value in given.items()})
     return auto

@@ -16,6 +16,7 @@ from rich.table import Table
 from countdown_kd.countdown import FAILURES
 from countdown_kd.tracking import FOLDER_TAG, JOB_TAG, STATE_TAG, ui_command
 
+MOST_LOGS = 10  # how many dead cells' logs a summary shows the end of
 LAST_STEPS = 10  # the final loss is their mean: on- and off-policy steps differ several-fold
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; and one colour a phase, sampling in warm
@@ -48,9 +49,13 @@ def show(
         f"loss: mean of the last {LAST_STEPS} steps; s/it: median, without warm-up; solved: Wilson 95 % interval",
         style="dim",
     )
-    for cell in cells:
-        if cell.info.status not in ("FINISHED", "SCHEDULED", "RUNNING"):
-            show_death(console, cell, cell_label(cell, swept_params(cells)))
+    dead = [cell for cell in cells if cell.info.status in ("FAILED", "KILLED") and last_lines(log_of(cell))]
+    for cell in dead[:MOST_LOGS]:
+        show_death(console, cell, cell_label(cell, swept_params(cells)))
+    if len(dead) > MOST_LOGS:
+        console.print(
+            f"\n… and {len(dead) - MOST_LOGS} more; python -m countdown_kd status names their logs", style="dim"
+        )
     if any("perf/s_per_it" in cell.data.metrics for cell in cells):
         figure = summary_figure(client, cells, folder / "summary.png")
         client.log_artifact(sweep_run_id or cells[0].info.run_id, str(figure))
