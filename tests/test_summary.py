@@ -78,7 +78,7 @@ def test_a_cell_that_did_not_finish_is_shown_as_what_it_was(store):
     client, add = store
     cells = [add({"seed": "1"}), add({"seed": "2"}, metrics={}, status="KILLED")]
     text = printed(summary_table(client, cells))
-    assert text.count("KILLED") == 1 and "FINISHED" not in text
+    assert text.count("killed") == 1 and "finished" not in text
 
 
 def test_a_baseline_has_an_accuracy_and_no_training_figures(store):
