@@ -53,6 +53,10 @@ echo "set-up: Python $version, device $device, into .venv (a few minutes the fir
 
 step "virtual environment" "$python" -m venv .venv
 step "uv" .venv/bin/pip install --no-deps -c $list uv
+# uv remembers Pythons by their path: of an environment that was half removed while it looked, it remembers that there
+# is none, and would install into the Python below.
+.venv/bin/uv pip show --quiet --python .venv/bin/python uv 2>/dev/null ||
+    fail "uv takes .venv for no environment: rm -rf $(.venv/bin/uv cache dir)/interpreter-*, then again"
 # uv does not read pip's configuration; a mirror that is set there must serve uv as well.
 mirror=$(.venv/bin/pip config list | sed -n "s/^.*\.index-url='\(.*\)'$/\1/p" | head -n 1)
 [ -z "$mirror" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$mirror}"
