@@ -258,14 +258,15 @@ def show_curves(console: Console, sides: list[Side]) -> None:
     measured, pairs = noise_of(first.client, first.run.info.experiment_id, trained)
     noise = max(measured, 1e-6)
     source = f"of {pairs} repeated runs" if pairs else "rounding: no run is repeated here, force=true repeats one"
-    console.print(f"\n[bold]Curves[/], against {first.label}; noise {noise:.1e} ({source})")
+    console.print(f"\n[bold]Curves[/]: the first step that differs from {first.label}'s; noise {noise:.1e} ({source})")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for header in ("first step that differs", "draws", "puzzles", "rollouts", "loss", "on-policy", "off-policy", "of"):
-        table.add_column(header, justify="left" if header.startswith("first") else "right")
+    table.add_column("run", overflow="fold")
+    for header in ("draws", "puzzles", "rollouts", "loss", "loss on-\npolicy", "loss off-\npolicy", "of steps"):
+        table.add_column(header, justify="right", no_wrap=True)
     for other in trained[1:]:
         part = parting(first, other, noise)
         cells = (part.draws, part.puzzles, part.rollouts, *part.losses.values())
-        table.add_row(other.label, *("never" if step is None else str(step) for step in cells), f"{part.steps} steps")
+        table.add_row(other.label, *("never" if step is None else str(step) for step in cells), str(part.steps))
     console.print(table)
 
 

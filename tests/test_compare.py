@@ -112,13 +112,18 @@ def runs(launch_once):
     return launch_once, [run.info.run_id for run in launch_once.runs("cell")]
 
 
+def curve(printed: str) -> list[str]:
+    """draws, puzzles, rollouts, and the losses: the row under the table of first steps that differ."""
+    lines = printed[printed.index("of steps") :].splitlines()
+    return next(line for line in lines if line.split()[-1:] == ["6"]).split()[-7:-1]
+
+
 def test_two_runs_of_one_config_are_told_to_agree(runs):
     launch, (one, again, _) = runs
     result = command(launch, one, again)
     assert result.returncode == 0, result.stderr
     assert "The configs are the same." in result.stdout
-    curve = next(line for line in result.stdout.splitlines() if line.strip().endswith("6 steps"))
-    assert curve.split()[-8:-2] == ["never"] * 6
+    assert curve(result.stdout) == ["never"] * 6
     assert "0 puzzles gained, 0 lost" in result.stdout
 
 
@@ -128,8 +133,7 @@ def test_the_key_that_differs_and_the_step_where_the_losses_part(runs):
     assert result.returncode == 0, result.stderr
     assert "learning_rate" in result.stdout and "the size of an update" in result.stdout
     assert "logging_steps" not in result.stdout and "output_dir" not in result.stdout
-    curve = next(line for line in result.stdout.splitlines() if line.strip().endswith("6 steps")).split()
-    draws, puzzles, rollouts, loss = curve[-8:-4]
+    draws, puzzles, rollouts, loss, *_ = curve(result.stdout)
     # The first update has warm-up's learning rate 0; from the second on the weights differ.
     assert (draws, puzzles) == ("never", "never") and int(loss) in (2, 3)
     assert rollouts == "never" or int(rollouts) >= int(loss)

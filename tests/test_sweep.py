@@ -85,14 +85,17 @@ def test_the_effective_config_tells_the_cells_apart(sweep):
 
 def test_cells_draw_the_same_on_policy_steps_and_see_the_same_puzzles(sweep):
     launch, _ = sweep
-    draws, puzzles = [], []
+    draws, prompts, puzzles = [], [], []
     for cell in launch.runs("cell"):
-        draws.append(open(artifact(launch, cell.info.run_id, "on_policy_draws.json")).read())
+        told = json.load(open(artifact(launch, cell.info.run_id, "on_policy_draws.json")))
+        draws.append(told["on_policy"])
+        prompts.append([[prompt for prompt, _ in step] for step in told["batches"]])
         table = json.load(open(artifact(launch, cell.info.run_id, "eval_predictions.json")))
         assert table["columns"][:3] == ["numbers", "target", "label"]
         puzzles.append([row[:2] for row in table["data"]])
-    assert len(set(draws)) == 1
-    assert all(each == puzzles[0] for each in puzzles)
+    assert len(draws[0]) == 4
+    for same in (draws, prompts, puzzles):
+        assert all(each == same[0] for each in same)
 
 
 def test_the_sweep_ends_with_a_table_a_figure_and_the_way_to_the_ui(sweep):
