@@ -174,9 +174,13 @@ def _job(run: Run) -> str | None:
     return run.data.tags.get(tracking.JOB_TAG)
 
 
+# By a composed config's id: what a sweep's start has just found, for the launcher, which gets the same objects.
+_looked_up: dict[int, Standing] = {}
+
+
 def standings(client: MlflowClient, experiment_id: str, cells: Sequence[DictConfig]) -> list[Standing]:
     """``standing`` of many cells, after asking Slurm once about all jobs that seem to be alive."""
-    found = [standing(client, experiment_id, cfg) for cfg in cells]
+    found = [_looked_up.pop(id(cfg), None) or standing(client, experiment_id, cfg) for cfg in cells]
     jobs = {cell.run.info.run_id: cell.run for cell in found if cell.what == "active" and _job(cell.run)}
     if jobs:
         from countdown_kd.slurm import refresh
@@ -184,6 +188,11 @@ def standings(client: MlflowClient, experiment_id: str, cells: Sequence[DictConf
         refresh(client, list(jobs.values()))
         found = [standing(client, experiment_id, cfg) for cfg in cells]
     return found
+
+
+def look_up_once(cells: Sequence[DictConfig], found: Sequence[Standing]) -> None:
+    """Spare the next call of ``standings`` the looking up; a second a hundred cells."""
+    _looked_up.update((id(cfg), each) for cfg, each in zip(cells, found, strict=True))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

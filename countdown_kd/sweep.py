@@ -71,11 +71,12 @@ class SweepCallback(Callback):
         check(cells, composed)
 
         from countdown_kd import tracking
-        from countdown_kd.cell import CODE, snapshot, standings
+        from countdown_kd.cell import CODE, look_up_once, snapshot, standings
 
         self.uri = config.tracking.uri
         self.client, experiment_id = tracking.open_store(config.tracking)
         found = standings(self.client, experiment_id, composed)
+        look_up_once(composed, found)
         self.identities = {cell.identity for cell in found}
         key = hashlib.sha256(" ".join(sorted(self.identities)).encode()).hexdigest()[:16]
         earlier = None

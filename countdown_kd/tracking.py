@@ -1,8 +1,8 @@
 """One cell = one MLflow run; the cells of a sweep lie under one parent run. Imports no torch.
 
-A run is opened (SCHEDULED) when its cell is submitted, RUNNING while the cell's process lives, and closed as what it
-was by whoever started that process, or, where that died too, by the next one who looks (slurm.py, standing.py).
-The process itself logs into the run through MLFLOW_RUN_ID.
+A run is opened when its cell is submitted, SCHEDULED while it waits, RUNNING while its process lives, and closed as
+what it was by whoever started that process, or, where that died too, by the next one who looks (slurm.refresh). The
+process itself logs into the run through MLFLOW_RUN_ID.
 """
 
 from __future__ import annotations
@@ -70,14 +70,13 @@ def start_run(
     params: dict[str, str] | None = None,
     tags: dict[str, str] | None = None,
 ) -> str:
-    """Open a run that waits for its turn (SCHEDULED); ``kind`` is "cell" or "sweep". Returns its id."""
+    """Open a run; ``kind`` is "cell" or "sweep". Returns its id. Where a cell waits, slurm.refresh says so."""
     tags = {"countdown_kd.kind": kind, "mlflow.source.name": "launch.py"} | (tags or {})
     parent = os.environ.get(SWEEP_RUN_ID)
     if parent and kind == "cell":
         tags[PARENT_TAG] = parent
     run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
     client.log_batch(run_id, params=[Param(key, value) for key, value in (params or {}).items()])
-    client.update_run(run_id, status="SCHEDULED")
     return run_id
 
 

@@ -41,7 +41,7 @@ def test_cells_are_found_under_their_sweep(tmp_path, monkeypatch):
         tracking.start_run(client, experiment_id, name, "cell", {"seed": "1"})
     cells = tracking.cells_of(client, sweep)
     assert [cell.info.run_name for cell in cells] == ["first", "second"]
-    assert cells[0].data.params == {"seed": "1"} and cells[0].info.status == "SCHEDULED"
+    assert cells[0].data.params == {"seed": "1"} and cells[0].info.status == "RUNNING"
 
 
 @pytest.mark.parametrize(
