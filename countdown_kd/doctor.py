@@ -40,6 +40,7 @@ from rich.text import Text
 
 from countdown_kd import slurm
 from countdown_kd.config import ROOT
+from countdown_kd.slurm import minutes
 from countdown_kd.tracking import open_store
 
 GOOD, BAD, OPEN = "✓", "✗", "–"  # there; missing; not applicable, or not to be told
@@ -316,15 +317,6 @@ def partition(rows: list[list[str]], asked: str | None, timeout_min: int) -> Lin
         fix = f"hydra.launcher.timeout_min={longest:.0f} (a cell that hits the limit is queued again and goes on)"
         return Line(BAD, "partition", f"{found}; timeout_min is {timeout_min}", fix)
     return Line(GOOD, "partition", found)
-
-
-def minutes(limit: str) -> float:
-    """Of Slurm's time limits: infinite, 30:00 (mm:ss), 4:00:00, 1-00:00:00."""
-    if not limit[0].isdigit():
-        return float("inf")
-    days, _, clock = limit.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    return int(days or 0) * 1440 + sum(part * 60**power for power, part in enumerate(reversed(parts))) / 60
 
 
 def probe(cfg: DictConfig, params: dict[str, Any], say: Say) -> Iterator[Line]:

@@ -388,19 +388,18 @@ def _times(job_id: str) -> tuple[float, float]:
     """How long a job has run and how long it may run, in seconds. (Its EndTime also moves when it is preempted.)"""
     try:
         job = _controller(job_id)[0]
-        return _seconds(job["RunTime"]), _seconds(job["TimeLimit"])
+        return 60 * minutes(job["RunTime"]), 60 * minutes(job["TimeLimit"])
     except (IndexError, KeyError):
         return 0, float("inf")
 
 
-def _seconds(text: str) -> float:
-    """Slurm's DAYS-HH:MM:SS, or UNLIMITED."""
-    days, _, clock = text.rpartition("-")
-    try:
-        hours, minutes, seconds = map(int, clock.split(":"))
-    except ValueError:
+def minutes(limit: str) -> float:
+    """Of Slurm's times and limits: infinite, UNLIMITED, 30:00 (mm:ss), 4:00:00, 1-00:00:00."""
+    if not limit[0].isdigit():
         return float("inf")
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+    days, _, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    return int(days or 0) * 1440 + sum(part * 60**power for power, part in enumerate(reversed(parts))) / 60
 
 
 def _lines(*command: str) -> list[str]:
