@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import mlflow
@@ -177,9 +176,10 @@ def main(config_file: str) -> None:
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     leave_signals_to_the_launcher()
+    if is_rank_0:
+        mlflow.start_run(log_system_metrics=False)
     try:
-        with mlflow.start_run(log_system_metrics=False) if is_rank_0 else nullcontext():
-            run(cfg)
+        run(cfg)
     except Stopped as stopped:
         log.info("%s", stopped)
         if is_rank_0:
@@ -187,6 +187,11 @@ def main(config_file: str) -> None:
     except Exception:
         log.exception("the run failed")
         sys.exit(1)
+    finally:
+        if is_rank_0:
+            # Closing it is for whoever started this process: for a moment, a cell that is stopped to go on later
+            # would be FAILED, and a launcher that looks at it just then would go home.
+            mlflow.end_run("RUNNING")
 
 
 if __name__ == "__main__":

@@ -301,6 +301,8 @@ def refresh(client: MlflowClient, runs: Sequence[Run]) -> str:
         status, state = verdict(run, told.get(job_id))
         if (status, state) == (run.info.status, run.data.tags.get(tracking.STATE_TAG)):
             continue
+        if client.get_run(run.info.run_id).info.status != run.info.status:
+            continue  # its job has just said more than Slurm could
         if status in ("SCHEDULED", "RUNNING"):
             client.set_tag(run.info.run_id, tracking.STATE_TAG, state)
             client.update_run(run.info.run_id, status=status)
