@@ -297,7 +297,9 @@ def snapshot(folder: Path) -> Path:
 
 
 def cell_name(hydra: DictConfig) -> str:
-    """What tells the cell from its neighbours: its overrides, as they were typed."""
+    """What tells the cell from its neighbours: hydra.job.name where it was set, or the overrides as they were typed."""
+    if hydra.job.name != "launch":
+        return hydra.job.name
     return hydra.job.override_dirname or "default"
 
 

@@ -67,7 +67,7 @@ def flat(cfg: DictConfig) -> dict[str, object]:
     values = {}
 
     def walk(node: object, path: str) -> None:
-        if isinstance(node, dict):
+        if isinstance(node, dict) and node:
             for key, value in node.items():
                 walk(value, f"{path}.{key}" if path else str(key))
         else:

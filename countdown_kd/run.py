@@ -47,7 +47,8 @@ def run(cfg: DictConfig) -> None:
     set_seed(cfg.seed)
     # GOLDConfig checks its values before anything is loaded; bf16 without a GPU wants to be told of the CPU.
     use_cpu = cfg.trainer.get("use_cpu", False) or not torch.cuda.is_available()
-    args: GOLDConfig = instantiate(cfg.trainer, use_cpu=use_cpu)
+    # Plain dictionaries for accelerator_config and the like: transformers takes nothing else.
+    args: GOLDConfig = instantiate(cfg.trainer, use_cpu=use_cpu, _convert_="all")
     data: Data = instantiate(cfg.task)
     log.info(
         "%d training and %d test puzzles (fingerprint %s)",

@@ -63,7 +63,7 @@ class SweepCallback(Callback):
         cells = grid(config)
         composed = compose_all(config, cells)
         first = composed[0] if composed else config
-        if first.plan:
+        if first.plan and composed:
             from countdown_kd.plan import show_plan
 
             show_plan(composed, config)
