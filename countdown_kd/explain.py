@@ -309,7 +309,8 @@ class Search:
         batch = []
         for name, overrides in named.items():
             self.values[name] = None
-            overrides = [*_last_choice(overrides), f'hydra.job.name="{name}"']
+            # Not named by their overrides: with many keys those are too long for a folder.
+            overrides = [*_last_choice(overrides), f'hydra.job.name="{name}"', f'hydra.sweep.subdir="{name}"']
             try:
                 cfg = self.sweeper.hydra_context.config_loader.load_sweep_config(self.sweeper.config, overrides)
                 validate(cfg)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 class ExplainSweeper(Sweeper):
     """Searches for the keys that carry the difference of two configs; conf/hydra/sweeper/explain.yaml has the keys."""
 
-    def __init__(self, metric: str, seeds: int, tolerance: float | None, share: float, **_):
+    def __init__(self, metric: str, seeds: int, tolerance: float | None, share: float):
         self.metric, self.seeds, self.tolerance, self.share = metric, seeds, tolerance, share
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
