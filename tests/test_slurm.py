@@ -1,6 +1,7 @@
 """Sweeps on a real Slurm: one node with two pretended GPUs, so two cells at a time."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -194,6 +195,20 @@ def test_eight_cells_five_faults_and_the_same_command_again(slurm, launch):
     assert {state(run) for run in cells.values()} == {"finished"}
     assert all(steps(launch, run) == list(range(1, 31)) for run in cells.values()), "no point lost or doubled"
     assert launch.runs("sweep")[0].info.status == "FINISHED"
+
+
+@pytest.mark.timeout(600)
+def test_explain_sends_its_probes_to_slurm(slurm, launch):
+    done = launch(
+        "-m", "hydra/sweeper=explain", "precision=fp32,bf16_pure", "++trainer.do_eval=false,true", *SHORT, *SLURM,
+        "hydra.sweeper.tolerance=1e-6",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^`precision .*` explains 100% .* `trainer.do_eval` explains none of it.$", done.stdout, re.M)
+    cells = launch.runs("cell")
+    assert [run.info.run_name for run in cells] == ["A", "B", "A+precision", "A+trainer.do_eval"]
+    jobs = [run.data.tags["countdown_kd.slurm_job"].split("_")[0] for run in cells]
+    assert len(set(jobs)) == 2, "an array for A and B, one for both probes of the round"
 
 
 @pytest.mark.timeout(900)
