@@ -1,6 +1,6 @@
 """Does explain find a cause that is known? Ten are planted, one at a time, among keys that change nothing.
 
-    python benchmarks/planted.py            # about 70 short runs: half an hour on two cores
+    python benchmarks/planted.py            # about 70 short runs: forty minutes on two cores
 
 A row a cause: the gap in train/loss (mean over the steps), whether it is above A's own spread over three seeds, what
 explain names, and how many probes that took. The last row plants nothing. Runs are cells in a store of their own in
