@@ -8,7 +8,7 @@
   python launch.py -m precision=bf16,fp32 plan=true       what would run, what is done already; run nothing
   python launch.py -m precision=bf16,fp32 hydra/launcher=slurm    the same as Slurm jobs
   python launch.py -m precision=bf16,fp32 hydra/sweeper=explain   which differing key makes their losses differ?
-  python -m countdown_kd status                           how far the newest sweep is (also: compare, doctor)
+  python -m countdown_kd status                           how far the newest sweep is (also: compare, parity, doctor)
 
 The same command again runs only what is missing; force=true runs everything anew.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from pathlib import Path
 
 from countdown_kd.venv import enter
 
@@ -31,6 +31,10 @@ def main(arguments: list[str]) -> int:
         "sides", nargs="+", metavar="RUN", help="run id, run name, sweep id, or a file with configs"
     )
     comparison.add_argument("--all", action="store_true", help="folders, names and addresses too")
+    twins = commands.add_parser("parity", help="the same batch through two configs, and what differs")
+    twins.add_argument(
+        "sides", nargs=2, metavar="CONFIG", help="run id, run name, YAML file, or overrides in quotes ('' for none)"
+    )
     doctor = commands.add_parser("doctor", help="is everything there that a sweep needs, here and in a job?")
     for command in (status, doctor):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", default=[])
@@ -47,12 +51,21 @@ def main(arguments: list[str]) -> int:
         return show_status(client, experiment_id, given.sweep, given.follow)
 
     if given.command == "compare":
+        gc.disable()  # of this command's time, looking for garbage would take a fifth
         from countdown_kd.compare import compare
         from countdown_kd.tracking import open_store
 
-        overrides = [side for side in given.sides if "=" in side and not Path(side).exists()]
+        # A run's name may have a "=" too.
+        overrides = [side for side in given.sides if side.startswith(("tracking.", "tracking="))]
         client, experiment_id = open_store(composed(overrides).tracking)
-        return compare(client, experiment_id, [side for side in given.sides if side not in overrides], given.all)
+        code = compare(client, experiment_id, [side for side in given.sides if side not in overrides], given.all)
+        gc.freeze()  # Python looks once more when it ends, but not at what is frozen
+        return code
+
+    if given.command == "parity":
+        from countdown_kd.parity import parity
+
+        return parity(given.sides, composed)
 
     from countdown_kd.doctor import examine
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -26,14 +26,16 @@ from mlflow.exceptions import MlflowException
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
+from scipy import special  # scipy.stats takes a second to import, and MLflow has imported this one
 
 from countdown_kd import tracking
 from countdown_kd.config import ConfigError
+from countdown_kd.countdown import CORRECT
 from countdown_kd.differences import COSMETIC, LOSS, MISSING, NOISE, SPEED, differences
 from countdown_kd.printed import flatten, read_configs
 from countdown_kd.summary import cell_label, summary_figure, summary_table, swept_params
 
+YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 HEADINGS = {
     LOSS: "can change the loss",
     SPEED: "changes speed or memory, the loss only by rounding",
@@ -69,12 +71,13 @@ class Side:
         return json.loads(self.artifact("on_policy_draws.json") or "{}")
 
     @cached_property
-    def predictions(self) -> pd.DataFrame | None:
+    def predictions(self) -> dict[str, list] | None:
+        """The columns of the table; None where the run was not evaluated."""
         text = self.artifact("eval_predictions.json")
         if not text:
             return None
         table = json.loads(text)
-        return pd.DataFrame(table["data"], columns=table["columns"])
+        return {name: [row[i] for row in table["data"]] for i, name in enumerate(table["columns"])}
 
 
 def find_sides(client: MlflowClient, experiment_id: str, names: Sequence[str]) -> list[Side]:
@@ -85,7 +88,7 @@ def find_sides(client: MlflowClient, experiment_id: str, names: Sequence[str]) -
         if file.is_file():
             sides += [Side(label, config) for label, config in read_configs(file)]
         else:
-            sides += [_of_run(client, run) for run in _runs(client, experiment_id, name)]
+            sides += [run_side(client, run) for run in named_runs(client, experiment_id, name)]
     if len(sides) < 2:
         raise ConfigError(f"{' '.join(names)}: {len(sides)} to compare; give two runs, a sweep, or two configs")
     labels = _labels([side.run for side in sides if side.run])
@@ -95,12 +98,17 @@ def find_sides(client: MlflowClient, experiment_id: str, names: Sequence[str]) -
     return sides
 
 
-def _runs(client: MlflowClient, experiment_id: str, name: str) -> list[Run]:
-    runs = client.search_runs([experiment_id], order_by=["attributes.start_time DESC"], max_results=5000)
-    found = [run for run in runs if run.info.run_id.startswith(name)] if len(name) >= 4 else []
+def named_runs(client: MlflowClient, experiment_id: str, name: str) -> list[Run]:
+    def search(pattern: str) -> list[Run]:
+        return client.search_runs([experiment_id], pattern, order_by=["attributes.start_time DESC"])
+
+    found = search(f"attributes.run_id LIKE '{name}%'") if re.fullmatch("[0-9a-f]{4,32}", name) else []
     if len(found) > 1:
         raise ConfigError(f"{name}: the ids of {len(found)} runs begin so; give more of it")
-    found = found or [run for run in runs if run.info.run_name == name][:1]
+    if not found:
+        # A name may hold quotes, for which filters have no escape; to LIKE, an underscore is any character.
+        alike = search("attributes.run_name LIKE '{}'".format(name.replace("'", "_")))
+        found = [run for run in alike if run.info.run_name == name][:1]
     if not found:
         raise ConfigError(f"{name}: no run by that id or name in this store, and no such file")
     if found[0].data.tags.get("countdown_kd.kind") == "sweep":
@@ -108,9 +116,9 @@ def _runs(client: MlflowClient, experiment_id: str, name: str) -> list[Run]:
     return found
 
 
-def _of_run(client: MlflowClient, run: Run) -> Side:
+def run_side(client: MlflowClient, run: Run) -> Side:
     side = Side(run.info.run_name, {}, run, client)
-    side.config = flatten(yaml.safe_load(side.artifact("config/effective.yaml") or "{}"))
+    side.config = flatten(yaml.load(side.artifact("config/effective.yaml") or "{}", YamlLoader))
     return side
 
 
@@ -172,7 +180,7 @@ def show_differences(console: Console, sides: list[Side], show_noise: bool) -> N
         for header in ("key", *(side.label for side in sides), "why"):
             table.add_column(header, overflow="fold")
         for each in rows:
-            table.add_row(each.key, *(_shown(value) for value in each.values), each.why)
+            table.add_row(each.key, *(spelled(value) for value in each.values), each.why)
         console.print(table)
         console.print()
     told = [f"{len(noise)} in folders, names and addresses"] if noise else []
@@ -181,7 +189,7 @@ def show_differences(console: Console, sides: list[Side], show_noise: bool) -> N
         console.print(f"Not shown without --all: {', '.join(told)}", style="dim")
 
 
-def _shown(value: Any) -> str:
+def spelled(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else f"{text[:28]}…{text[-28:]}"
 
@@ -282,43 +290,40 @@ def show_outcomes(console: Console, client: MlflowClient, sides: list[Side]) -> 
     if len(told) < 2:
         return
     first = told[0]
-    puzzles = first.predictions[["numbers", "target"]].astype(str)
     for other in told[1:]:
-        if not puzzles.equals(other.predictions[["numbers", "target"]].astype(str)):
+        if any(first.predictions[name] != other.predictions[name] for name in ("numbers", "target")):
             console.print(f"\n{other.label} was evaluated on other puzzles than {first.label}: not compared one by one")
             continue
-        gained, lost, p = mcnemar(first.predictions, other.predictions)
+        labels = first.predictions["label"], other.predictions["label"]
+        gained, lost, p = mcnemar(*labels)
         console.print(
             f"\n[bold]{first.label} → {other.label}[/]: {gained} puzzles gained, {lost} lost of "
-            f"{len(first.predictions)}; McNemar (exact) p = {p:.2g}"
+            f"{len(labels[0])}; McNemar (exact) p = {p:.2g}"
         )
-        console.print(_moved_table(moved(first.predictions, other.predictions)))
+        console.print(moved_table(*labels))
 
 
-def mcnemar(one: pd.DataFrame, other: pd.DataFrame) -> tuple[int, int, float]:
+def mcnemar(one: Sequence[str], other: Sequence[str]) -> tuple[int, int, float]:
     """Puzzles that only the other solves, that only the one solves, and the exact two-sided p-value.
 
     McNemar (1947), in the exact binomial form: a puzzle that just one of them solves is as likely to be either's.
     """
-    a, b = one["label"] == "correct", other["label"] == "correct"
-    gained, lost = int((~a & b).sum()), int((a & ~b).sum())
-    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return gained, lost, float(p)
+    solved = Counter((a == CORRECT, b == CORRECT) for a, b in zip(one, other, strict=True))
+    gained, lost = solved[False, True], solved[True, False]
+    return gained, lost, min(1.0, 2 * float(special.bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
-def moved(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+def moved_table(one: Sequence[str], other: Sequence[str]) -> Table:
     """How many puzzles went from each class (rows) to each class (columns)."""
-    return pd.crosstab(one["label"], other["label"])
-
-
-def _moved_table(counts: pd.DataFrame) -> Table:
+    counts = Counter(zip(one, other, strict=True))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("from ↓  to →")
-    for name in counts.columns:
-        table.add_column(name.replace("_", "\n"), justify="right")
-    for name, row in counts.iterrows():
+    for after in sorted(set(other)):
+        table.add_column(after.replace("_", "\n"), justify="right")
+    for before in sorted(set(one)):
+        row = [(after, counts[before, after]) for after in sorted(set(other))]
         table.add_row(
-            name, *(("[dim]·[/]" if not n else f"[bold]{n}[/]" if c == name else str(n)) for c, n in row.items())
+            before, *("[dim]·[/]" if not n else f"[bold]{n}[/]" if after == before else str(n) for after, n in row)
         )
     return table
 
@@ -356,5 +361,5 @@ def interval(values: list[float], form: str) -> str:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return format(mean, form)
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    half = float(special.stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:{form}} ({mean - half:{form}}–{mean + half:{form}})"

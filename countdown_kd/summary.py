@@ -166,17 +166,13 @@ def _percentages(metrics: dict[str, float], prefix: str) -> tuple[float, ...]:
 
 def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
     """Loss by step, accuracy before and after with intervals, what failed and how, where an iteration's time goes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     names = swept_params(cells)
     labels = [textwrap.fill(cell_label(cell, names), 32, max_lines=3) for cell in cells]
     rows = range(len(cells))
-    figure, ((losses, accuracies), (times, failures)) = plt.subplots(
-        2, 2, figsize=(13, 4.4 + 0.8 * max(4, len(cells))), layout="constrained"
-    )
+    figure = Figure(figsize=(13, 4.4 + 0.8 * max(4, len(cells))), layout="constrained")
+    (losses, accuracies), (times, failures) = figure.subplots(2, 2)
 
     for cell, label, colour in zip(cells, labels, cycle(COLOURS)):
         history = sorted(client.get_metric_history(cell.info.run_id, "train/loss"), key=lambda m: m.step)
@@ -239,5 +235,4 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
     for axes in (losses, accuracies, times, failures):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130)
-    plt.close(figure)
     return file

@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 from conftest import Launcher
+from rich.console import Console
+from scipy.stats import binomtest
 
-from countdown_kd.compare import interval, mcnemar, moved
+from countdown_kd.compare import interval, mcnemar, moved_table
 from countdown_kd.config import ConfigError
 from countdown_kd.differences import COSMETIC, LOSS, NOISE, SPEED, differences
 from countdown_kd.printed import flatten, read_configs
@@ -85,14 +86,25 @@ def test_a_file_that_is_no_config_is_told(tmp_path, name, text):
 
 
 def test_mcnemar_counts_the_puzzles_that_one_of_them_solves():
-    one = pd.DataFrame({"label": ["correct"] * 3 + ["wrong_value"] * 12})
-    other = pd.DataFrame({"label": ["correct"] * 2 + ["wrong_value"] + ["correct"] * 9 + ["missing_answer_tags"] * 3})
+    one = ["correct"] * 3 + ["wrong_value"] * 12
+    other = ["correct"] * 2 + ["wrong_value"] + ["correct"] * 9 + ["missing_answer_tags"] * 3
     gained, lost, p = mcnemar(one, other)
     # Ten puzzles, one of them lost: 2 * (1 + 10) / 2**10.
     assert (gained, lost) == (9, 1) and p == pytest.approx(22 / 1024)
     assert mcnemar(one, one) == (0, 0, 1.0)
-    counts = moved(one, other)
-    assert counts.to_numpy().sum() == 15 and counts.loc["wrong_value", "missing_answer_tags"] == 3
+    console = Console(width=80)
+    with console.capture() as printed:
+        console.print(moved_table(one, other))
+    assert [line.split() for line in printed.get().splitlines()[-2:]] == [
+        ["correct", "2", "·", "1"],
+        ["wrong_value", "9", "3", "·"],
+    ]
+
+
+@pytest.mark.parametrize("gained, lost", [(1, 0), (5, 5), (4900, 5100), (4600, 5400), (0, 1000)])
+def test_mcnemars_p_is_scipys_for_any_number_of_puzzles(gained, lost):
+    one, other = ["x"] * gained + ["correct"] * lost, ["correct"] * gained + ["x"] * lost
+    assert mcnemar(one, other)[2] == pytest.approx(binomtest(gained, gained + lost).pvalue, rel=1e-9)
 
 
 def test_the_interval_over_seeds_is_students():
@@ -150,6 +162,13 @@ def test_mistakes_are_told(runs, tmp_path):
     ):
         result = command(launch, *arguments)
         assert result.returncode == 2 and word in " ".join(result.stdout.split()) and "Traceback" not in result.stderr
+
+
+def test_a_run_is_found_by_its_name(runs):
+    launch, (one, _, other) = runs
+    launch.client.set_tag(other, "mlflow.runName", "it's=another")
+    assert "learning_rate" in command(launch, one, "it's=another").stdout
+    assert "no run by that" in command(launch, one, "it_s=another").stdout
 
 
 def test_another_set_of_puzzles_and_an_unfinished_run_are_said(runs):
