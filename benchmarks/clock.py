@@ -45,6 +45,7 @@ def main() -> int:
         teacher_model=teacher,
         args=instantiate(cfg.trainer, use_cpu=True),
         gen=cfg.gen,
+        step=cfg.step,
         train_dataset=instantiate(cfg.task).conversations(),
         processing_class=tokenizer,
     )

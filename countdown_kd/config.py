@@ -145,6 +145,14 @@ def _problems(cfg: DictConfig) -> Iterator[str]:
                 "Leave gen.dtype to precision=, or use gen=vllm"
             )
 
+    step = cfg.step
+    for key in ("chunked_logits", "teacher_batch_size"):
+        if step[key] and not step.fused_loss:
+            yield f"step.{key}={step[key]}: TRL's loss wants whole logits. Set step.fused_loss=true as well"
+    size = step.teacher_batch_size
+    if size is not None and not (isinstance(size, int) and size > 0):
+        yield f"step.teacher_batch_size={size}: it must be a positive integer, or null"
+
     for group in ("model", "teacher"):
         yield from _model_problems(group, cfg[group].pretrained_model_name_or_path)
 

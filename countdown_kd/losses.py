@@ -281,8 +281,15 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor, weight, teacher, rows, columns, beta, eps, student_temperature, teacher_temperature):
-        student = tensor if weight is None else Hidden(tensor, weight)
-        gradient = _Gradient(student)
+        student, teacher = _as_autocast(tensor if weight is None else Hidden(tensor, weight)), _as_autocast(teacher)
+        gradient = _Gradient(student, weight)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return _Distillation._forward(
+                ctx, student, gradient, teacher, rows, columns, beta, eps, student_temperature, teacher_temperature
+            )
+
+    @staticmethod
+    def _forward(ctx, student, gradient, teacher, rows, columns, beta, eps, student_temperature, teacher_temperature):
         teacher_scale, _ = _merge(teacher, rows.teacher_merged, len(rows.weight), eps, teacher_temperature)
         scale, kept = _merge(student, rows.student_merged, len(rows.weight), eps, student_temperature)
         matched, unmatched, totals = (torch.zeros_like(scale) for _ in range(3))
@@ -326,9 +333,12 @@ class _Distillation(torch.autograd.Function):
 class _Gradient:
     """The gradient of logits, added up row by row: their own, or that of the hidden states and the output layer."""
 
-    def __init__(self, student: Logits):
+    def __init__(self, student: Logits, weight: torch.Tensor | None):
         self.student = student
-        self.parts = [torch.zeros_like(part) if part is not None else None for part in _parts(student)]
+        self.parts = [
+            None if part is None else torch.zeros_like(part, memory_format=torch.contiguous_format)
+            for part in (_tensor(student), weight)
+        ]
 
     def add(self, positions: torch.Tensor, rows: torch.Tensor) -> None:
         """``rows`` is (positions, vocabulary); no position comes twice."""
@@ -337,9 +347,9 @@ class _Gradient:
         if weight is None:
             flat[positions] = rows.to(flat.dtype)
         else:
-            rows = rows.to(weight.dtype)
+            rows = rows.to(self.student.weight.dtype)
             flat[positions] = (rows @ self.student.weight).to(flat.dtype)
-            weight.addmm_(rows.T, self.student.states.reshape(flat.shape)[positions].to(weight.dtype))
+            weight += rows.T @ _at(self.student.states, positions).to(rows.dtype)
 
 
 def _jsd(s, t, scale, teacher_scale, beta: float, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -399,9 +409,21 @@ def _merge(logits: Logits, merged: Merged, rows: int, eps: float, temperature: f
 def _logits(logits: Logits, positions: torch.Tensor, temperature: float) -> torch.Tensor:
     """(positions, vocabulary) in fp32, divided by the temperature."""
     if isinstance(logits, torch.Tensor):
-        return logits.view(-1, logits.shape[-1])[positions].float().div_(temperature)
-    states = logits.states.reshape(-1, logits.states.shape[-1])[positions]
+        return _at(logits, positions).float().div_(temperature)
+    states = _at(logits.states, positions)
     return F.linear(states.to(logits.weight.dtype), logits.weight).float().div_(temperature)
+
+
+def _as_autocast(logits: Logits) -> Logits:
+    """With the output layer in the precision that autocast would compute it in. What follows it is fp32 anyway."""
+    if isinstance(logits, torch.Tensor) or not torch.is_autocast_enabled(logits.states.device.type):
+        return logits
+    return Hidden(logits.states, logits.weight.to(torch.get_autocast_dtype(logits.states.device.type)))
+
+
+def _at(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A copy of some positions. Not of a flat view, which a part of a larger tensor has not."""
+    return tensor[positions // tensor.shape[1], positions % tensor.shape[1]]
 
 
 def _chunks(rows: torch.Tensor, logits: Logits) -> Iterator[torch.Tensor]:

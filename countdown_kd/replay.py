@@ -241,7 +241,7 @@ def build(kind: type[CountdownTrainer], cfg: DictConfig, conversations: Dataset,
     )  # fmt: skip
     args.teacher_tokenizer_name_or_path = cfg.teacher.pretrained_model_name_or_path
     trainer = kind(
-        model=copy.deepcopy(student), teacher_model=copy.deepcopy(teacher), args=args, gen=cfg.gen,
+        model=copy.deepcopy(student), teacher_model=copy.deepcopy(teacher), args=args, gen=cfg.gen, step=cfg.step,
         train_dataset=conversations, processing_class=tokenizer,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

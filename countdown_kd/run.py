@@ -65,6 +65,7 @@ def run(cfg: DictConfig) -> None:
         teacher_model=teacher,
         args=args,
         gen=cfg.gen,
+        step=cfg.step,
         train_dataset=data.conversations(),
         processing_class=tokenizer,
         callbacks=[RecordSteps()],

@@ -31,6 +31,7 @@ def make_trainer(folder, *overrides) -> CountdownTrainer:
         teacher_model=teacher,
         args=instantiate(cfg.trainer, use_cpu=True),
         gen=cfg.gen,
+        step=cfg.step,
         train_dataset=instantiate(cfg.task).conversations(),
         processing_class=tokenizer,
     )
@@ -58,6 +59,67 @@ def test_training_starts_as_trl_itself_does(tmp_path):
     ours.train()
     theirs.train()
     assert losses(ours) == losses(theirs)
+
+
+SAME = {  # what is TRL's step in another form, and how far its losses and gradient norms may be off
+    "step=fast": 1e-5,
+    "step=fast step.chunked_logits=true": 1e-5,
+    "step=fast trainer.use_uld_loss=false": 1e-5,
+    "step=fast step.chunked_logits=true trainer.use_uld_loss=false": 1e-5,
+    "step=fast trainer.uld_use_hybrid_loss=false": 1e-5,
+    "step=fast +trainer.uld_crossentropy_weight=0.5": 1e-5,
+    "step=fast precision=bf16": 1e-2,
+    "step=fast step.chunked_logits=true precision=bf16": 1e-2,
+    "step=fast precision=bf16_pure": 1e-2,
+    "step.fused_loss=true": 1e-5,
+    "step.completion_logits=true": 1e-5,
+    "step.empty_cache=false": 0.0,
+    "step.fused_loss=true step.teacher_batch_size=3": 1e-5,
+}
+
+
+@pytest.mark.parametrize("overrides", SAME)
+def test_a_fast_step_is_trls(tmp_path, overrides):
+    """Two micro-batches a step, one of them of the student's own in most."""
+    few = (
+        "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=4", "trainer.max_steps=3",
+        "trainer.logging_steps=1",
+    )  # fmt: skip
+    fast = make_trainer(tmp_path, *few, *overrides.split())
+    kept = (each for each in overrides.split() if not each.startswith("step"))
+    plain = make_trainer(tmp_path, *few, *kept, "step=trl")
+    fast.train()
+    plain.train()
+    assert fast.batches == plain.batches and {True, False} == set(sum(fast.draws, []))
+    entries = [[each for each in trainer.state.log_history if "loss" in each] for trainer in (fast, plain)]
+    for ours, trls in zip(*entries, strict=True):
+        assert set(ours) == set(trls)
+        for key in ("loss", "grad_norm", *(set(trls) & {"matched_loss", "unmatched_loss"})):
+            rounded = 1e-4 if "matched" in key else 0  # TRL writes four digits
+            assert ours[key] == pytest.approx(trls[key], rel=SAME[overrides], abs=rounded)
+
+
+@pytest.mark.parametrize("overrides", [("step=fast",), ("step=trl",), ("step=fast", "trainer.use_uld_loss=false")])
+def test_micro_batches_can_be_averaged(tmp_path, overrides):
+    """The same eight sequences in one, two and four micro-batches have the same loss and the same gradient."""
+    found = []
+    for number in (1, 2, 4):
+        trainer = make_trainer(
+            tmp_path, *overrides, "step.average_micro_batches=true", "trainer.lmbda=0", "trainer.max_steps=1",
+            f"trainer.gradient_accumulation_steps={number}", f"trainer.per_device_train_batch_size={8 // number}",
+        )  # fmt: skip
+        trainer.train()
+        found.append([trainer.state.log_history[0][key] for key in ("loss", "grad_norm")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_no_logits_are_computed_at_the_prompt(tmp_path):
+    seen = []
+    for step in ("trl", "fast"):
+        trainer = make_trainer(tmp_path, f"step={step}", "trainer.lmbda=0", "trainer.max_steps=1")
+        trainer.model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
+        trainer.train()
+    assert seen[1] < 0.7 * seen[0]
 
 
 def test_draws_depend_on_seed_and_step_alone(tmp_path, trained):

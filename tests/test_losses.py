@@ -202,6 +202,16 @@ def test_jsd_leaves_what_is_no_loss_over_logits_to_trl():
         assert torch.equal(generalized_jsd_loss(student, teacher, **keywords), expected)
 
 
+def test_logits_may_be_a_part_of_larger_ones():
+    """As the trainer gives them: all positions but the last, which predicts nothing."""
+    student, teacher = torch.rand(2, 4, 5), torch.rand(2, 4, 5)
+    arguments = teacher[:, :-1], torch.zeros(2, 3, dtype=torch.long)
+    cut = both(lambda logits, *rest: generalized_jsd_loss(logits[:, :-1], *rest), student, *arguments)
+    assert_close(
+        cut, both(lambda logits, *rest: GOLDTrainer.generalized_jsd_loss(logits[:, :-1], *rest), student, *arguments)
+    )
+
+
 def test_the_teacher_gets_no_gradient_and_the_loss_is_scaled_like_any_other():
     student, teacher = (torch.rand(1, 3, 5, requires_grad=True) for _ in range(2))
     (once,) = torch.autograd.grad(generalized_jsd_loss(student, teacher), student)

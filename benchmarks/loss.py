@@ -1,0 +1,169 @@
+"""The distillation loss alone, forward and backward: ours against TRL's, at a real vocabulary.
+
+    python benchmarks/loss.py                      # two completions of 64 to 2,048 tokens; minutes on two CPU cores
+    python benchmarks/loss.py --device cuda        # the same on a GPU
+
+Every measurement has a process of its own, TRL's and ours by turns, so that peak memory is each one's own. TRL's
+backward pass is quadratic in the completion length: it is measured up to the length at which it takes longer than
+--patience seconds, and what lies beyond is left out, not guessed. Prints a table, writes loss.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+VOCABULARY = 151_663  # tokens that Qwen2.5 and Qwen3 share
+PADDED = 151_936  # columns of their output layers
+LENGTHS = (64, 128, 256, 512, 1024, 2048)
+COMPLETIONS = 2
+WHAT = ("TRL", "ours", "chunked")
+COLOURS = dict(zip(WHAT, ("#D55E00", "#0072B2", "#009E73"), strict=True))
+WIDTH = 64  # of the hidden states that the chunked form makes its logits of
+
+
+def measure(what: str, length: int, device: str, dtype: str, columns: int, repeats: int) -> dict[str, float]:
+    """Seconds of the fastest forward and backward pass, the loss, and the peak memory in GiB, logits included."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import torch
+    from trl.experimental.gold import GOLDConfig
+    from trl.experimental.gold.gold_trainer import ULDLoss as TRLsULDLoss
+
+    from countdown_kd.losses import Hidden, ULDLoss
+
+    config = GOLDConfig(
+        output_dir="unused", report_to="none", use_cpu=device == "cpu", bf16=False, beta=0.0,
+        uld_use_hybrid_loss=True, use_extended_uld=True, teacher_tokenizer_name_or_path="unused",
+    )  # fmt: skip
+    tokenizer = SimpleNamespace(get_vocab=lambda: {f"token {i}": i for i in range(min(VOCABULARY, columns))})
+    loss_of = (TRLsULDLoss if what == "TRL" else ULDLoss)(config, tokenizer, tokenizer, device=torch.device(device))
+    prompt = 8
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 1000, (COMPLETIONS, prompt + length), generator=generator)
+    ids = labels.to(device)
+    labels = labels.masked_fill(torch.arange(prompt + length) < prompt, -100).to(device)
+    ends = torch.arange(length)
+    offsets = torch.nn.functional.pad(torch.stack([ends, ends + 1], 1), (0, 0, prompt, 0)).expand(COMPLETIONS, -1, 2)
+    rest = (labels, labels, ids, ids, offsets, offsets)
+
+    def baseline() -> float:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return 0.0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def peak() -> float:
+        return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else baseline()
+
+    def clock() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    before = baseline()
+    sides = []
+    for _ in range(2):
+        states = torch.randn(COMPLETIONS, prompt + length, WIDTH, generator=generator)
+        weight = torch.randn(columns, WIDTH, generator=generator) / WIDTH**0.5
+        sides.append([part.to(device, getattr(torch, dtype)) for part in (states, weight)])
+    if what == "chunked":
+        student, teacher = (Hidden(*parts) for parts in sides)
+        for part in student:
+            part.requires_grad_()
+    else:
+        student, teacher = (states @ weight.T for states, weight in sides)
+        student.requires_grad_()
+    forward, backward = [], []
+    for _ in range(repeats):
+        for part in student if isinstance(student, Hidden) else [student]:
+            part.grad = None
+        start = clock()
+        loss = loss_of(student, teacher, *rest)
+        middle = clock()
+        loss.backward()
+        backward.append(clock() - middle)
+        forward.append(middle - start)
+    return {"forward": min(forward), "backward": min(backward), "loss": loss.item(), "peak": peak() - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
+    parser.add_argument("--columns", type=int, default=PADDED, help="of the output layers (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="of which the fastest counts (%(default)s)")
+    parser.add_argument("--patience", type=float, default=60, metavar="S", help="no longer TRL than that (%(default)s)")
+    given = parser.parse_args()
+
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for what, length in track([(what, length) for length in given.lengths for what in WHAT], "measuring"):
+        shorter = [found[what, each] for each in given.lengths if (what, each) in found]
+        if any(each["forward"] + each["backward"] > given.patience for each in shorter):
+            continue
+        # A new process every time: freed memory is not always given back.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            arguments = what, length, given.device, given.dtype, given.columns, given.repeats
+            found[what, length] = pool.submit(measure, *arguments).result()
+
+    console = Console()
+    table = Table(title=f"{COMPLETIONS} completions, {given.columns:,} columns, {given.dtype}, {given.device}")
+    for header in ("tokens", "", "forward", "backward", "both, s", "TRL/it", "GiB", "loss"):
+        table.add_column(header, justify="left" if not header else "right")
+    for (what, length), each in found.items():
+        trls = found.get(("TRL", length))
+        both = each["forward"] + each["backward"]
+        ratio = f"{(trls['forward'] + trls['backward']) / both:.0f}" if trls else "–"
+        table.add_row(
+            str(length), what, f"{each['forward']:.3f}", f"{each['backward']:.3f}", f"{both:.3f}", ratio,
+            f"{each['peak']:.2f}", f"{each['loss']:.5f}", end_section=what == WHAT[-1],
+        )  # fmt: skip
+    console.print(table)
+    for what in WHAT:
+        lengths = [length for length in given.lengths if (what, length) in found and length >= 256] or given.lengths[:1]
+        a, b = lengths[0], lengths[-1]
+        if b > a:
+            seconds = [found[what, each]["forward"] + found[what, each]["backward"] for each in (a, b)]
+            console.print(
+                f"{what}: from {a} to {b} tokens ({b / a:g} times) {seconds[1] / seconds[0]:.2f} times the time"
+            )
+    slowest = statistics.median([each["loss"] for each in found.values()])
+    apart = max(abs(each["loss"] - found[what, length]["loss"]) for (_, length), each in found.items()
+                for what in WHAT if (what, length) in found)  # fmt: skip
+    console.print(f"losses of one length differ by {apart:.1e} at most, of {slowest:.3g}")
+    draw(found, Path("loss.png").absolute())
+    console.print(f"figure   {Path('loss.png').absolute()}", soft_wrap=True)
+
+
+def draw(found: dict[tuple[str, int], dict[str, float]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, title in zip(figure.subplots(1, 2), ("seconds, forward and backward", "peak memory, GiB"), strict=True):
+        for what, colour in COLOURS.items():
+            lengths = [length for name, length in found if name == what]
+            of = [found[what, length] for length in lengths]
+            heights = [each["forward"] + each["backward"] if "sec" in title else each["peak"] for each in of]
+            axes.plot(lengths, heights, marker="o", color=colour, label=what)
+        axes.set(xscale="log", yscale="log", xlabel="tokens a completion", title=title)
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
