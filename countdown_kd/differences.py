@@ -95,6 +95,8 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     ("auto_find_batch_size", LOSS, "sequences a step"),
     ("versions.*", LOSS, "another release: look at its notes"),
     ("commit", LOSS, "other code"),
+    ("step.average_micro_batches", LOSS, "whether a loss is the mean over micro-batches, or TRL's sum"),
+    ("step.*", SPEED, "another form of the same step, other rounding"),
     ("full_determinism", SPEED, "reproducible kernels, slower ones"),
     ("use_cpu", SPEED, "another device"),
     # written down, not computed with

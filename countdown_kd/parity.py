@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 
 Compose = Callable[[list[str]], DictConfig]
 
-SECTIONS = {"model", "teacher", "trainer", "gen", "task", "eval", "dist", "seed", "baseline"}  # that a config has
-REPLAYED = ("model.", "teacher.", "trainer.", "task.")  # the others are read where nothing is trained, or elsewhere
+# Those of a config.
+SECTIONS = {"model", "teacher", "trainer", "step", "gen", "task", "eval", "dist", "seed", "baseline"}
+# The others are read where nothing is trained, or elsewhere.
+REPLAYED = ("model.", "teacher.", "trainer.", "step.", "task.")
 STUDENT = ("model.pretrained_model_name_or_path", "model.revision")
 TOGETHER = {  # keys of which one often cannot have B's value while another has A's
     "precision": ("model.dtype", "trainer.bf16"),

@@ -95,6 +95,7 @@ def effective_config(
             "backend": f"vllm {args.vllm_mode}" if engine is not None else "hf",
             "dtype": rollout_dtype(cfg, engine),
         },
+        "step": OmegaConf.to_container(cfg.step),
         "eval": OmegaConf.to_container(cfg.eval),
         "data": {
             "fingerprint": data.fingerprint,

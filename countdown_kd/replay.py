@@ -5,7 +5,8 @@ Only what is sampled is replaced by what was sampled once, and what is shuffled 
 results of two configs side by side.
 
 Not covered: several ranks (one process takes the whole batch), the random numbers of vLLM (its way of padding is),
-and losses by token where neither the hybrid ULD nor the JSD loss is used.
+losses by token where neither the hybrid ULD nor the JSD loss is used, and the rounding of step=fast: the step is taken
+TRL's way, whose intermediate values can be looked at.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl.experimental.gold.gold_trainer import ULDLoss
 from trl.trainer.utils import RepeatSampler, pad
 
+from countdown_kd.config import ROOT
 from countdown_kd.countdown import Puzzle
 from countdown_kd.data import Data
 from countdown_kd.gold import CountdownTrainer
@@ -240,8 +242,10 @@ def build(kind: type[CountdownTrainer], cfg: DictConfig, conversations: Dataset,
         report_to="none", disable_tqdm=True, **arguments,
     )  # fmt: skip
     args.teacher_tokenizer_name_or_path = cfg.teacher.pretrained_model_name_or_path
+    step = OmegaConf.load(ROOT / "conf/step/trl.yaml")
+    step.average_micro_batches = cfg.step.average_micro_batches
     trainer = kind(
-        model=copy.deepcopy(student), teacher_model=copy.deepcopy(teacher), args=args, gen=cfg.gen, step=cfg.step,
+        model=copy.deepcopy(student), teacher_model=copy.deepcopy(teacher), args=args, gen=cfg.gen, step=step,
         train_dataset=conversations, processing_class=tokenizer,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -206,6 +206,19 @@ def test_the_key_that_changes_a_step_is_named_among_twelve_that_do_not(against_d
     assert {unit.name for each in found.gaps for unit, _ in found.carriers(each)} == {key}
 
 
+def test_the_denominator_is_named_and_other_forms_of_the_step_are_innocent():
+    few = "trainer.gradient_accumulation_steps=2"
+    a, b = side(few), side(few, "step=fast", "step.average_micro_batches=true")
+    found = Parity(a, b, *differing(a, b))
+    measure(found, QUIET)
+    switch(found, QUIET)
+    assert found.growth == pytest.approx([2, 1], rel=1e-4)
+    told = next(sentences(found))
+    assert told.startswith("`step.average_micro_batches` explains 100% of the gap in loss"), told
+    assert "4 other differing keys explain none of it" in told
+    assert found.left_out == ["step.teacher_batch_size"], "TRL's loss cannot have it alone"
+
+
 def test_of_precision_it_is_told_what_autocast_and_what_the_weights_do(tmp_path):
     few = "trainer.per_device_train_batch_size=2"  # many processors have no bf16 instructions
     a, b = side("precision=bf16", few), side("precision=bf16_pure", few, *INNOCENT)
