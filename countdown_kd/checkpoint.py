@@ -29,10 +29,16 @@ class Checkpoints(TrainerCallback):
     def __init__(self, trainer: CountdownTrainer):
         self.trainer = trainer
         self.stop_file = Path(trainer.args.output_dir) / STOP_FILE
+        self.wanted = False  # a checkpoint, at some step since the last one
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._asked_to_stop():
-            control.should_save = control.should_training_stop = True
+        self.wanted |= control.should_save
+        asked = self._asked_to_stop()
+        # A checkpoint does not keep the rollouts that wait for their steps: it waits for the last of these.
+        ready = not self.trainer.rollouts_ahead
+        control.should_save = ready and (self.wanted or asked)
+        control.should_training_stop |= ready and asked
+        self.wanted &= not ready
 
     def _asked_to_stop(self) -> bool:
         # Rank 0 decides: the ranks would see the file at different steps and wait for each other.

@@ -145,6 +145,10 @@ def _problems(cfg: DictConfig) -> Iterator[str]:
                 "Leave gen.dtype to precision=, or use gen=vllm"
             )
 
+    ahead = cfg.gen.steps_per_rollout
+    if not (isinstance(ahead, int) and ahead > 0):
+        yield f"gen.steps_per_rollout={ahead}: it must be a positive integer, or 1 for a rollout every step"
+
     step = cfg.step
     for key in ("chunked_logits", "teacher_batch_size"):
         if step[key] and not step.fused_loss:

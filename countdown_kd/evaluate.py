@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from countdown_kd.countdown import CORRECT, FAILURES, check
 from countdown_kd.data import Example
-from countdown_kd.gold import VLLM
+from countdown_kd.engine import VLLM
 
 log = logging.getLogger(__name__)
 

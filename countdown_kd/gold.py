@@ -3,106 +3,34 @@
 1. Each optimizer step draws from its own seed. TRL draws the on-policy micro-batches (lambda) from Python's global
    generator and samples from torch's, and vLLM reseeds both when it starts: two cells of one sweep would train on
    different mixtures. Here draws depend on the seed and the step alone, so loss curves can be laid over each other.
-2. A colocated vLLM gets the rollout dtype, which TRL does not pass on (an fp32 student would be sampled from in half
-   precision), and on the CPU its weights in a way that works there.
+2. vLLM's engine is ours (engine.py), which samples in the rollout dtype.
 3. The steps are timed by phase, and the on-policy draws, rollout lengths and truncations recorded.
 4. With ``step=fast`` a step is computed in less time and memory, with the same losses: no logits where no loss reads
-   them, our form of the losses, the teacher in larger batches (conf/step/fast.yaml).
+   them, our form of the losses, the teacher and the rollouts in larger batches (conf/step/fast.yaml).
+5. With ``gen.steps_per_rollout`` above 1 the rollouts of several optimizer steps are sampled at once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections import deque
+from contextlib import nullcontext
+from itertools import islice
 from unittest import mock
 
 import torch
-import torch._dynamo
-from accelerate import Accelerator
 from omegaconf import DictConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.gold.gold_trainer import build_teacher_inputs_from_texts
-from trl.generation import vllm_generation
-from trl.generation.vllm_generation import VLLMGeneration
+from trl.generation.vllm_generation import empty_cache
+from trl.trainer.utils import split_tensor_dict
 
 from countdown_kd import losses
+from countdown_kd.engine import make_vllm
 from countdown_kd.losses import Hidden, Logits
 from countdown_kd.perf import StepClock
-
-
-class VLLM(VLLMGeneration):
-    """TRL's vLLM wrapper with the arguments of ``vllm.LLM`` that it does not pass on."""
-
-    def __init__(self, *args, llm: dict, one_weight_push: bool, **kwargs):
-        self.llm_arguments = llm
-        self.one_weight_push = one_weight_push
-        super().__init__(*args, **kwargs)
-
-    def _init_vllm(self):
-        if self.mode == "server":
-            return super()._init_vllm()
-        if self.accelerator.device.type == "cpu":
-            # Compiling takes longer than it saves on small models, and a C++ compiler that may not be there; vLLM's
-            # sampler is compiled whatever enforce_eager says.
-            self.llm_arguments["enforce_eager"] = True
-            torch._dynamo.config.disable = True
-        engine = vllm_generation.LLM
-        with mock.patch.object(vllm_generation, "LLM", lambda **theirs: engine(**(theirs | self.llm_arguments))):
-            super()._init_vllm()
-
-    def sync_weights(self):
-        on_cpu = self.accelerator.device.type == "cpu"
-        if self.mode == "server" or self.enable_sleep_mode or not (on_cpu or self.one_weight_push):
-            return super().sync_weights()
-        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
-        if not on_cpu:
-            runner.get_model().load_weights(self._iter_named_params())
-            self.llm.reset_prefix_cache()
-            return
-        # On the CPU vLLM packs linear layers when it loads them, and load_weights, which TRL calls, fails on packed
-        # ones. reload_weights unpacks, loads all and packs again.
-        runner.reload_weights(weights_iterator=self._iter_named_params())
-        if self.model.config.tie_word_embeddings:
-            # A tied output layer has no weights of its own to load, yet a packed copy, which would stay as it was.
-            head = runner.get_model().lm_head
-            head.quant_method.process_weights_after_loading(head)
-        self.llm.reset_prefix_cache()
-
-
-def make_vllm(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
-    args: GOLDConfig,
-    gen: DictConfig,
-    one_weight_push: bool = False,
-) -> VLLM:
-    """A vLLM engine for ``model`` (or the client of a server), with GOLD's sampling settings."""
-    return VLLM(
-        model=model,
-        accelerator=accelerator,
-        processing_class=tokenizer,
-        mode=args.vllm_mode,
-        structured_outputs_regex=args.vllm_structured_outputs_regex,
-        server_base_url=args.vllm_server_base_url,
-        server_host=args.vllm_server_host,
-        server_port=args.vllm_server_port,
-        group_port=args.vllm_group_port,
-        server_timeout=args.vllm_server_timeout,
-        tensor_parallel_size=args.vllm_tensor_parallel_size,
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-        max_model_length=args.vllm_max_model_length or args.max_length,
-        enable_sleep_mode=args.vllm_enable_sleep_mode,
-        model_impl=args.vllm_model_impl,
-        trust_remote_code=args.trust_remote_code,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        max_completion_length=args.max_completion_length,
-        logprobs=None,
-        llm={"dtype": gen.dtype, "max_num_seqs": gen.max_num_seqs},
-        one_weight_push=one_weight_push,
-    )
 
 
 class CountdownTrainer(GOLDTrainer):
@@ -115,7 +43,10 @@ class CountdownTrainer(GOLDTrainer):
 
     def __init__(self, *, args: GOLDConfig, gen: DictConfig, step: DictConfig, **kwargs):
         self.step = step
-        self.clock = StepClock()
+        self.clock = StepClock(gen.steps_per_rollout)
+        self.steps_per_rollout = gen.steps_per_rollout
+        self._later: deque[list[dict]] = deque()  # batches of the steps that the present rollouts are for too
+        self._rollouts: dict[int, tuple[int, list, list]] = {}  # by step: when sampled, inputs and texts
         self.draws: list[list[bool]] = []
         self.batches: list[list[tuple[str, str]]] = []
         # TRL builds its own engine where use_vllm is set; ours takes its place.
@@ -204,7 +135,7 @@ class CountdownTrainer(GOLDTrainer):
             self._matched_step_eq += 1 / self.args.gradient_accumulation_steps
             self._unmatched_step_eq += 1 / self.args.gradient_accumulation_steps
         if self.step.empty_cache:
-            vllm_generation.empty_cache()
+            empty_cache()
         return loss
 
     @torch.no_grad()
@@ -254,25 +185,102 @@ class CountdownTrainer(GOLDTrainer):
         with mock.patch.object(layer, "forward", lambda states: states):
             return Hidden(model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits, layer.weight)
 
-    def _generate_on_policy_for_slices(self, slices, on_policy_indices):
-        with self.clock.phase("generate"):
-            super()._generate_on_policy_for_slices(slices, on_policy_indices)
+    @property
+    def rollouts_ahead(self) -> bool:
+        """Whether there are rollouts for steps to come. A checkpoint would not keep them."""
+        return len(self._later) > 0
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """A step's batches. Those of the next steps are taken out with them, to be sampled for at once."""
+        if not self._later:
+            steps = min(self.steps_per_rollout, self.state.max_steps - self.state.global_step)
+            taken = (list(islice(epoch_iterator, num_batches)) for _ in range(steps))
+            self._later.extend(batches for batches in taken if batches)  # an epoch may end sooner
+        batches = self._later.popleft() if self._later else []
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _fill_buffer(self, generation_batch, buffer_steps):
         # Ranks sample different rollouts; the draws themselves are rank 0's.
-        set_seed(hash((self.args.seed, self.state.global_step, self.accelerator.process_index)) % 2**32)
+        step = self.state.global_step
+        set_seed(draw_seed(self.args.seed, step, self.accelerator.process_index))
         super()._fill_buffer(generation_batch, buffer_steps)
 
+        if self.step.trim_padding:
+            self._buffered_inputs = [trimmed(inputs) for inputs in self._buffered_inputs]
         self.draws.append(list(self._buffered_on_policy))
         self.batches.append([fingerprints(inputs) for inputs in self._buffered_inputs])
         metrics = self._metrics["train"]
         metrics["rollout/on_policy_frac"].append(sum(self.draws[-1]) / buffer_steps)
+        if any(self.draws[-1]):
+            metrics["rollout/staleness"].append(step - self._rollouts[step][0])
         for inputs, on_policy in zip(self._buffered_inputs, self._buffered_on_policy, strict=True):
             if on_policy:
                 tokens, truncated = rollout_lengths(inputs["labels"], self.generation_config.eos_token_id)
                 metrics["rollout/mean_tokens"].append(tokens.float().mean().item())
                 metrics["rollout/truncated_frac"].append(truncated.float().mean().item())
                 self.clock.rollout_tokens[-1] += tokens.sum().item()
+
+    def _generate_on_policy_for_slices(self, slices, on_policy_indices):
+        step = self.state.global_step
+        with self.clock.phase("generate"):
+            if step not in self._rollouts:
+                buffers = self._buffered_inputs, self._buffered_text_logs
+                self._sample(step, slices, on_policy_indices)
+                self._buffered_inputs, self._buffered_text_logs = buffers
+        _, inputs, texts = self._rollouts[step]
+        for i in on_policy_indices:
+            self._buffered_inputs[i], self._buffered_text_logs[i] = inputs[i], texts[i]
+
+    def _sample(self, step: int, slices: list[dict], on_policy_indices: list[int]) -> None:
+        """Rollouts of this step and of those that wait: to TRL it is one step with more micro-batches."""
+        size = len(slices)
+        of_steps, wanted = [slices], list(on_policy_indices)
+        for batches in self._later:
+            # What TRL will draw when the step has come.
+            draw = random.Random(draw_seed(self.args.seed, step + len(of_steps), 0)).random
+            wanted += [size * len(of_steps) + i for i in range(size) if draw() <= self.lmbda]
+            of_steps.append(split_tensor_dict(batches[0], size))
+        self._buffered_inputs, self._buffered_text_logs = ([None] * (size * len(of_steps)) for _ in range(2))
+        super()._generate_on_policy_for_slices(sum(of_steps, []), wanted)
+        self._rollouts = {}
+        for k in range(len(of_steps)):
+            part = slice(size * k, size * (k + 1))
+            self._rollouts[step + k] = step, self._buffered_inputs[part], self._buffered_text_logs[part]
+
+    def _generate_non_vllm_for_slices(self, slices, on_policy_indices):
+        # Autocast keeps a weight's cast until its outermost context ends: without one around it all, every token
+        # casts all weights.
+        once = self.accelerator.autocast() if self.step.cast_once else nullcontext()
+        with once:
+            if not self.step.rollouts_together:
+                return super()._generate_non_vllm_for_slices(slices, on_policy_indices)
+            together = {
+                key: torch.cat([slices[i][key] for i in on_policy_indices])
+                for key in ("prompts", "prompt_attention_mask")
+            }
+            buffers = self._buffered_inputs, self._buffered_text_logs
+            self._buffered_inputs, self._buffered_text_logs = [None], [None]
+            super()._generate_non_vllm_for_slices([together], [0])
+        (sampled,), (texts,) = self._buffered_inputs, self._buffered_text_logs
+        self._buffered_inputs, self._buffered_text_logs = buffers
+        start = 0
+        for i in on_policy_indices:
+            part = slice(start, start := start + len(slices[i]["prompts"]))
+            self._buffered_inputs[i] = slices[i] | {key: value[part] for key, value in sampled.items()}
+            self._buffered_text_logs[i] = tuple(each[part] for each in texts)
+
+
+def draw_seed(seed: int, step: int, rank: int) -> int:
+    """Of what a rank draws for an optimizer step."""
+    return hash((seed, step, rank)) % 2**32
+
+
+def trimmed(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A micro-batch without the columns in which no sequence has a token. Its tensors are (batch, sequence)."""
+    used = inputs["attention_mask"].any(dim=0).nonzero().flatten()
+    columns = slice(int(used[0]), int(used[-1]) + 1)
+    keys = {"input_ids", "attention_mask", "labels", "byte_offsets"} & inputs.keys()
+    return inputs | {key: inputs[key][:, columns] for key in keys}
 
 
 def rollout_lengths(labels: torch.Tensor, eos_token_id: int | list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ Not covered: waiting for the next batch, evaluation, checkpoints and logging lie
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import time
@@ -30,9 +31,13 @@ WARMUP_STEPS = 3  # left out of every figure: first calls allocate, compile and 
 
 
 class StepClock(TrainerCallback):
-    """Times optimizer steps as a trainer callback; ``phase`` and ``watch`` say what happens inside them."""
+    """Times optimizer steps as a trainer callback; ``phase`` and ``watch`` say what happens inside them.
 
-    def __init__(self) -> None:
+    ``steps_per_rollout`` steps share the time of their rollouts.
+    """
+
+    def __init__(self, steps_per_rollout: int = 1) -> None:
+        self.steps_per_rollout = steps_per_rollout
         self.step_s: list[float] = []
         self.phase_s: list[dict[str, float]] = []
         self.rollout_tokens: list[int] = []
@@ -111,11 +116,21 @@ class StepClock(TrainerCallback):
         """The ``perf/`` metrics; ``samples_per_step`` is the global batch in sequences. Empty without a step."""
         if not self.step_s:
             return {}
-        warmup = {step for start in self.starts for step in range(start, start + WARMUP_STEPS)}
+        # Steps that share their rollouts count as one, as long as their mean: else the median would be of steps that
+        # sample nothing.
+        size = self.steps_per_rollout
+        warmup = math.ceil(WARMUP_STEPS / size) * size
+        ends = [*self.starts[1:], len(self.step_s)]
+        shared = [
+            range(first, first + size)
+            for start, end in zip(self.starts, ends, strict=True)
+            for first in range(start + warmup, end - size + 1, size)
+        ]
         # A run too short to have anything but warm-up is measured whole rather than not at all.
-        counted = [step for step in range(len(self.step_s)) if step not in warmup] or range(len(self.step_s))
-        steps, phases = [self.step_s[i] for i in counted], [self.phase_s[i] for i in counted]
-        s_per_it = statistics.median(steps)
+        shared = shared or [range(len(self.step_s))]
+        counted = [i for each in shared for i in each]
+        phases = [self.phase_s[i] for i in counted]
+        s_per_it = statistics.median(statistics.fmean(self.step_s[i] for i in each) for each in shared)
         metrics = {
             "perf/s_per_it": s_per_it,
             "perf/samples_per_s": samples_per_step / s_per_it,

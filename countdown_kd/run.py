@@ -35,8 +35,9 @@ from trl.experimental.gold import GOLDConfig
 from countdown_kd.cell import STOPPED_FILE, die_with_parent, last_checkpoint, step_of
 from countdown_kd.checkpoint import Checkpoints, Stopped, train
 from countdown_kd.data import Data
+from countdown_kd.engine import VLLM, make_vllm
 from countdown_kd.evaluate import Evaluation, evaluate, hf_sampler, vllm_sampler
-from countdown_kd.gold import VLLM, CountdownTrainer, make_vllm
+from countdown_kd.gold import CountdownTrainer
 from countdown_kd.record import RecordSteps, record_config, record_evaluation, record_training
 
 log = logging.getLogger("countdown_kd")
@@ -68,7 +69,7 @@ def run(cfg: DictConfig) -> None:
         step=cfg.step,
         train_dataset=data.conversations(),
         processing_class=tokenizer,
-        callbacks=[RecordSteps()],
+        callbacks=[steps := RecordSteps()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
@@ -83,7 +84,10 @@ def run(cfg: DictConfig) -> None:
         before = evaluated("before training", cfg, args, data, student, tokenizer, engine)
         record_evaluation("eval_before", before)
 
-    train(trainer, checkpoint)
+    try:
+        train(trainer, checkpoint)
+    finally:
+        steps.write()
     record_training(trainer)
 
     after = evaluated("after training", cfg, args, data, student, tokenizer, engine)

@@ -74,6 +74,8 @@ SAME = {  # what is TRL's step in another form, and how far its losses and gradi
     "step.fused_loss=true": 1e-5,
     "step.completion_logits=true": 1e-5,
     "step.empty_cache=false": 0.0,
+    "step.trim_padding=true": 1e-5,
+    "step.cast_once=true precision=bf16": 0.0,
     "step.fused_loss=true step.teacher_batch_size=3": 1e-5,
 }
 
@@ -85,7 +87,7 @@ def test_a_fast_step_is_trls(tmp_path, overrides):
         "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=4", "trainer.max_steps=3",
         "trainer.logging_steps=1",
     )  # fmt: skip
-    fast = make_trainer(tmp_path, *few, *overrides.split())
+    fast = make_trainer(tmp_path, *few, *overrides.split(), "step.rollouts_together=false")
     kept = (each for each in overrides.split() if not each.startswith("step"))
     plain = make_trainer(tmp_path, *few, *kept, "step=trl")
     fast.train()
@@ -97,6 +99,82 @@ def test_a_fast_step_is_trls(tmp_path, overrides):
         for key in ("loss", "grad_norm", *(set(trls) & {"matched_loss", "unmatched_loss"})):
             rounded = 1e-4 if "matched" in key else 0  # TRL writes four digits
             assert ours[key] == pytest.approx(trls[key], rel=SAME[overrides], abs=rounded)
+
+
+def test_rollouts_of_all_micro_batches_in_one_batch_are_the_same(tmp_path):
+    """Where nothing is left to chance."""
+    few = (
+        "trainer.gradient_accumulation_steps=3", "trainer.per_device_train_batch_size=2", "trainer.max_steps=2",
+        "trainer.top_k=1",
+    )  # fmt: skip
+    found = []
+    for together in ("false", "true"):
+        trainer = make_trainer(tmp_path, *few, f"step.rollouts_together={together}")
+        trainer.train()
+        found.append(trainer)
+    assert found[0].batches == found[1].batches and max(map(sum, found[1].draws)) > 1
+    assert losses(found[0]) == pytest.approx(losses(found[1]), rel=1e-5)
+
+
+def test_autocast_casts_a_weight_once_a_rollout(tmp_path):
+    """And not once a token. The casts are gone when training begins, or its gradients would be."""
+    casts = []
+    for once in ("false", "true"):
+        trainer = make_trainer(
+            tmp_path, "precision=bf16", "trainer.lmbda=1", "trainer.max_steps=1", f"step.cast_once={once}",
+            "step.rollouts_together=true",
+        )  # fmt: skip
+        trainer.train()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            trainer.clock.on_step_begin(None, None, None)
+            trainer._rollouts.clear()
+            trainer._fill_buffer(next(iter(trainer.get_train_dataloader())), 1)
+        casts.append({each.key: each.count for each in profile.key_averages()}["aten::_to_copy"])
+    linears = sum(isinstance(module, torch.nn.Linear) for module in trainer.model.modules())
+    assert casts[0] - casts[1] > 10 * linears
+    assert all(p.grad is None or p.grad.abs().sum() > 0 for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("steps_per_rollout", [2, 3])
+def test_rollouts_of_several_steps_are_sampled_at_once(tmp_path, steps_per_rollout):
+    """The first steps' rollouts are those that they have alone; draws and prompts are the same in all steps."""
+    few = (
+        "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=4", "trainer.max_steps=7",
+        "trainer.lmbda=0.7", "trainer.top_k=1", "trainer.logging_steps=1", "task.num_train=40",
+    )  # fmt: skip
+    alone = make_trainer(tmp_path, *few)
+    ahead = make_trainer(tmp_path, *few, f"gen.steps_per_rollout={steps_per_rollout}")
+    sampled_at = []
+    sample = ahead._sample
+    ahead._sample = lambda step, *rest: (sampled_at.append(step), sample(step, *rest))
+    alone.train()
+    ahead.train()
+    assert ahead.draws == alone.draws
+    prompts = [[[prompt for prompt, _ in step] for step in trainer.batches] for trainer in (ahead, alone)]
+    assert prompts[0] == prompts[1]
+    # Five steps an epoch, which no rollout crosses.
+    windows = {2: [[0, 1], [2, 3], [4], [5, 6]], 3: [[0, 1, 2], [3, 4], [5, 6]]}[steps_per_rollout]
+    expected = {}
+    for window in windows:
+        on_policy = [step for step in window if any(ahead.draws[step])]
+        expected |= {step: on_policy[0] for step in on_policy}
+    assert sampled_at == sorted(set(expected.values()))
+    staleness = {
+        entry["step"] - 1: entry["rollout/staleness"]
+        for entry in ahead.state.log_history
+        if "rollout/staleness" in entry
+    }
+    assert staleness == {step: step - sampled for step, sampled in expected.items()}
+    first = min(expected)
+    assert ahead.batches[: first + 1] == alone.batches[: first + 1]
+
+
+def test_a_step_of_shared_rollouts_is_as_long_as_their_mean():
+    clock = perf.StepClock(steps_per_rollout=2)
+    clock.step_s = [9.0] * 4 + [5.0, 1.0, 7.0, 1.0, 5.0, 1.0, 100.0]
+    clock.phase_s = [{phase: 1.0 for phase in perf.PHASES}] * 11
+    clock.rollout_tokens = [0] * 11
+    assert clock.metrics(samples_per_step=4)["perf/s_per_it"] == 3.0
 
 
 @pytest.mark.parametrize("overrides", [("step=fast",), ("step=trl",), ("step=fast", "trainer.use_uld_loss=false")])
