@@ -14,8 +14,8 @@ import argparse
 import multiprocessing
 import os
 import resource
-import statistics
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,6 +97,78 @@ def measure(what: str, length: int, device: str, dtype: str, columns: int, repea
     return {"forward": min(forward), "backward": min(backward), "loss": loss.item(), "peak": peak() - before}
 
 
+def collect(
+    lengths: Sequence[int] = LENGTHS, device: str = "cpu", dtype: str = "float32", columns: int = PADDED,
+    repeats: int = 2, patience: float = 60,
+) -> dict[tuple[str, int], dict[str, float]]:  # fmt: skip
+    """Measurements by what is measured and the completions' length."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for what, length in track([(what, length) for length in lengths for what in WHAT], "loss by turns"):
+        shorter = [found[what, each] for each in lengths if (what, each) in found]
+        if any(each["forward"] + each["backward"] > patience for each in shorter):
+            continue
+        # A new process every time: freed memory is not always given back.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found[what, length] = pool.submit(measure, what, length, device, dtype, columns, repeats).result()
+    return found
+
+
+def seconds(each: dict[str, float]) -> float:
+    return each["forward"] + each["backward"]
+
+
+def report(console: Console, found: dict[tuple[str, int], dict[str, float]], title: str) -> list[tuple[str, ...]]:
+    """A table, and how time grows; returns rows for a summary: what, TRL's, ours, ratio."""
+    table = Table(title=title)
+    for header in ("tokens", "", "forward", "backward", "both, s", "TRL/it", "GiB", "of TRL's", "loss"):
+        table.add_column(header, justify="left" if not header else "right")
+    rows = []
+    for (what, length), each in found.items():
+        trls = found.get(("TRL", length))
+        ratio = f"{seconds(trls) / seconds(each):.0f}" if trls else "–"
+        table.add_row(
+            str(length), what, f"{each['forward']:.3f}", f"{each['backward']:.3f}", f"{seconds(each):.3f}", ratio,
+            f"{each['peak']:.2f}", f"{each['peak'] / trls['peak']:.2f}" if trls else "–", f"{each['loss']:.5f}",
+            end_section=what == WHAT[-1],
+        )  # fmt: skip
+        if trls and what == "ours":
+            name = f"loss, {COMPLETIONS} x {length} tokens"
+            rows.append((f"s, {name}", f"{seconds(trls):.2f}", f"{seconds(each):.3f}", ratio))
+            memory = trls["peak"] / each["peak"]
+            rows.append((f"GiB, {name}", f"{trls['peak']:.2f}", f"{each['peak']:.2f}", f"{memory:.1f}"))
+    console.print(table)
+    for what in WHAT:
+        lengths = [length for name, length in found if name == what]
+        longer = [length for length in lengths if length >= 256]
+        a, *_, b = longer if len(longer) > 1 else lengths + lengths
+        if b > a:
+            growth = seconds(found[what, b]) / seconds(found[what, a])
+            console.print(f"{what}: from {a} to {b} tokens ({b / a:g} times) {growth:.2f} times the time")
+    apart = max(
+        abs(each["loss"] / found[what, length]["loss"] - 1)
+        for (_, length), each in found.items() for what in WHAT if (what, length) in found
+    )  # fmt: skip
+    console.print(f"losses of one length differ by {apart:.0e} of their value at most\n")
+    return rows
+
+
+def draw(figure_axes, found: dict[tuple[str, int], dict[str, float]]) -> None:
+    """Into two axes: time, and memory."""
+    for axes, title in zip(figure_axes, ("The loss, seconds", "The loss, GiB"), strict=True):
+        for what, colour in COLOURS.items():
+            lengths = [length for name, length in found if name == what]
+            of = [found[what, length] for length in lengths]
+            heights = [seconds(each) if "sec" in title else each["peak"] for each in of]
+            axes.plot(lengths, heights, marker="o", color=colour, label=what)
+        ticks = sorted({length for _, length in found})
+        axes.set(xscale="log", yscale="log", xlabel="tokens a completion", title=title)
+        axes.set_xticks(ticks, [str(length) for length in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -106,63 +178,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="of which the fastest counts (%(default)s)")
     parser.add_argument("--patience", type=float, default=60, metavar="S", help="no longer TRL than that (%(default)s)")
     given = parser.parse_args()
+    found = collect(**vars(given))
+    title = f"{COMPLETIONS} completions, {given.columns:,} columns, {given.dtype}, {given.device}"
+    report(Console(), found, title)
 
-    found: dict[tuple[str, int], dict[str, float]] = {}
-    for what, length in track([(what, length) for length in given.lengths for what in WHAT], "measuring"):
-        shorter = [found[what, each] for each in given.lengths if (what, each) in found]
-        if any(each["forward"] + each["backward"] > given.patience for each in shorter):
-            continue
-        # A new process every time: freed memory is not always given back.
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            arguments = what, length, given.device, given.dtype, given.columns, given.repeats
-            found[what, length] = pool.submit(measure, *arguments).result()
-
-    console = Console()
-    table = Table(title=f"{COMPLETIONS} completions, {given.columns:,} columns, {given.dtype}, {given.device}")
-    for header in ("tokens", "", "forward", "backward", "both, s", "TRL/it", "GiB", "loss"):
-        table.add_column(header, justify="left" if not header else "right")
-    for (what, length), each in found.items():
-        trls = found.get(("TRL", length))
-        both = each["forward"] + each["backward"]
-        ratio = f"{(trls['forward'] + trls['backward']) / both:.0f}" if trls else "–"
-        table.add_row(
-            str(length), what, f"{each['forward']:.3f}", f"{each['backward']:.3f}", f"{both:.3f}", ratio,
-            f"{each['peak']:.2f}", f"{each['loss']:.5f}", end_section=what == WHAT[-1],
-        )  # fmt: skip
-    console.print(table)
-    for what in WHAT:
-        lengths = [length for length in given.lengths if (what, length) in found and length >= 256] or given.lengths[:1]
-        a, b = lengths[0], lengths[-1]
-        if b > a:
-            seconds = [found[what, each]["forward"] + found[what, each]["backward"] for each in (a, b)]
-            console.print(
-                f"{what}: from {a} to {b} tokens ({b / a:g} times) {seconds[1] / seconds[0]:.2f} times the time"
-            )
-    slowest = statistics.median([each["loss"] for each in found.values()])
-    apart = max(abs(each["loss"] - found[what, length]["loss"]) for (_, length), each in found.items()
-                for what in WHAT if (what, length) in found)  # fmt: skip
-    console.print(f"losses of one length differ by {apart:.1e} at most, of {slowest:.3g}")
-    draw(found, Path("loss.png").absolute())
-    console.print(f"figure   {Path('loss.png').absolute()}", soft_wrap=True)
-
-
-def draw(found: dict[tuple[str, int], dict[str, float]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, title in zip(figure.subplots(1, 2), ("seconds, forward and backward", "peak memory, GiB"), strict=True):
-        for what, colour in COLOURS.items():
-            lengths = [length for name, length in found if name == what]
-            of = [found[what, length] for length in lengths]
-            heights = [each["forward"] + each["backward"] if "sec" in title else each["peak"] for each in of]
-            axes.plot(lengths, heights, marker="o", color=colour, label=what)
-        axes.set(xscale="log", yscale="log", xlabel="tokens a completion", title=title)
-        axes.set_xticks(lengths, [str(length) for length in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=130)
+    draw(figure.subplots(1, 2), found)
+    figure.savefig("loss.png", dpi=130)
+    print(f"figure   {Path('loss.png').absolute()}")
 
 
 if __name__ == "__main__":

@@ -211,8 +211,6 @@ class CountdownTrainer(GOLDTrainer):
         self.batches.append([fingerprints(inputs) for inputs in self._buffered_inputs])
         metrics = self._metrics["train"]
         metrics["rollout/on_policy_frac"].append(sum(self.draws[-1]) / buffer_steps)
-        if any(self.draws[-1]):
-            metrics["rollout/staleness"].append(step - self._rollouts[step][0])
         for inputs, on_policy in zip(self._buffered_inputs, self._buffered_on_policy, strict=True):
             if on_policy:
                 tokens, truncated = rollout_lengths(inputs["labels"], self.generation_config.eos_token_id)
@@ -227,7 +225,8 @@ class CountdownTrainer(GOLDTrainer):
                 buffers = self._buffered_inputs, self._buffered_text_logs
                 self._sample(step, slices, on_policy_indices)
                 self._buffered_inputs, self._buffered_text_logs = buffers
-        _, inputs, texts = self._rollouts[step]
+        sampled_at, inputs, texts = self._rollouts[step]
+        self._metrics["train"]["rollout/staleness"].append(step - sampled_at)
         for i in on_policy_indices:
             self._buffered_inputs[i], self._buffered_text_logs[i] = inputs[i], texts[i]
 
