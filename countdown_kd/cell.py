@@ -80,6 +80,7 @@ class Cell:
         self.store.update_run(self.run_id, status="RUNNING")
         environment = os.environ | self.environment | {"MLFLOW_RUN_ID": self.run_id}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(self.code), environment.get("PYTHONPATH")]))
+        environment["PYTHONSAFEPATH"] = "1"  # python -m would look in the current folder first: is it the checkout?
         libc = ctypes.CDLL(None)
 
         def in_child() -> None:

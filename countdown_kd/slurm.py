@@ -152,7 +152,8 @@ def executor(params: dict[str, Any], folder: Path, code: Path | str):
     ours = {"submitit_folder", "max_num_timeout", "_target_"}
     base = {each.name for each in dataclasses.fields(BaseQueueConf)}
     given = {key: value for key, value in params.items() if key not in ours and value is not None}
-    given["setup"] = [*given.get("setup", []), f'export PYTHONPATH="{code}"${{PYTHONPATH:+:$PYTHONPATH}}']
+    path = f'export PYTHONSAFEPATH=1 PYTHONPATH="{code}"${{PYTHONPATH:+:$PYTHONPATH}}'  # not the current folder first
+    given["setup"] = [*given.get("setup", []), path]
     auto = submitit.AutoExecutor(folder=folder, cluster="slurm")
     auto.update_parameters(**{key if key in base else f"slurm_{key}": value for key, value in given.items()})
     return auto

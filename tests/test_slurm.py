@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from conftest import Launcher
 
 from countdown_kd.config import ROOT
@@ -320,6 +321,9 @@ def test_what_was_submitted_is_what_runs(slurm, launch, tmp_path):
         shutil.copytree(ROOT / name, checkout / name, symlinks=True)
     launch.program = Path(shutil.copy(ROOT / "launch.py", checkout))
     launch.environment |= {"PYTHONPATH": str(checkout)}
+    launch.folder = checkout  # where python -m would find the package before anything else
+    git = "git init -q && git add . && git -c user.name=me -c user.email=me@example.org commit -qm as-submitted"
+    subprocess.run(git, shell=True, cwd=checkout, check=True)
     process = launch.start("-m", "seed=1", *SHORT, *SLURM, "+hydra.launcher.additional_parameters.hold=true")
     assert process.stdout.readline().startswith("submitted 1 cells")
     (checkout / "countdown_kd" / "run.py").write_text("raise SystemExit('edited while the job was waiting')")
@@ -327,6 +331,12 @@ def test_what_was_submitted_is_what_runs(slurm, launch, tmp_path):
     slurm.run("scontrol", "release", *slurm.run("squeue", "-h", "-o", "%A").split())
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    (run,) = launch.runs("cell")
+    effective = yaml.safe_load(
+        Path(launch.client.download_artifacts(run.info.run_id, "config/effective.yaml")).read_text()
+    )
+    assert effective["code"] == run.data.tags["countdown_kd.code"]
+    assert effective["commit"] == run.data.tags["mlflow.source.git.commit"] != ""
 
 
 def test_a_job_that_does_not_reach_the_store_says_so(slurm, launch):

@@ -8,6 +8,7 @@ import time
 import pytest
 import yaml
 
+from countdown_kd.config import ROOT
 from countdown_kd.countdown import FAILURES
 from countdown_kd.perf import PHASES
 
@@ -146,10 +147,14 @@ def test_a_model_is_evaluated_without_training_it(launch):
     assert "teacher" in result.stdout
 
 
-def test_two_ranks_share_one_run(launch):
-    result = launch("dist=ddp", "dist.nproc_per_node=2", *SHORT)
+def test_two_ranks_share_one_run_of_the_snapshot(launch):
+    there = f"hydra.run.dir={launch.folder}/outputs/a/b"
+    launch.folder = ROOT  # where python -m would find the package itself
+    result = launch("dist=ddp", "dist.nproc_per_node=2", *SHORT, there)
     assert result.returncode == 0, result.stderr
     (cell,) = launch.runs("cell")
+    effective = yaml.safe_load(open(artifact(launch, cell.info.run_id, "config/effective.yaml")))
+    assert effective["code"] == cell.data.tags["countdown_kd.code"]
     assert cell.data.params["global_batch"] == "8"
     assert len(launch.losses(cell.info.run_id)) == 4
     assert EVALUATED | TRAINED <= set(cell.data.metrics)
