@@ -106,7 +106,8 @@ def hf_sampler(
         eos_token_id=ends,
     )
 
-    @torch.inference_mode()
+    # Autocast casts all weights at every token in inference mode, and once a batch without.
+    @(torch.no_grad if autocast else torch.inference_mode)()
     def sample(prompts: list[list[int]]) -> list[list[int]]:
         was_training = model.training
         model.eval()

@@ -268,6 +268,15 @@ class CountdownTrainer(GOLDTrainer):
             self._buffered_inputs[i] = slices[i] | {key: value[part] for key, value in sampled.items()}
             self._buffered_text_logs[i] = tuple(each[part] for each in texts)
 
+    def generate_on_policy_outputs(self, model, inputs, generation_config):
+        # Autocast keeps no casts in inference mode, and they are worth more.
+        if not self.step.inference_mode or (self.step.cast_once and self.args.bf16):
+            return super().generate_on_policy_outputs(model, inputs, generation_config)
+        with torch.inference_mode():
+            sampled = super().generate_on_policy_outputs(model, inputs, generation_config)
+        # Autograd refuses tensors that were made in there.
+        return tuple(each.clone() if isinstance(each, torch.Tensor) else each for each in sampled)
+
 
 def draw_seed(seed: int, step: int, rank: int) -> int:
     """Of what a rank draws for an optimizer step."""

@@ -52,8 +52,8 @@ def test_training_starts_as_trl_itself_does(tmp_path):
     """All on-policy draws equal (lambda 0): the losses are plain GOLDTrainer's, digit for digit."""
     from trl.experimental.gold import GOLDTrainer
 
-    ours = make_trainer(tmp_path, "trainer.lmbda=0.0")
-    theirs = make_trainer(tmp_path, "trainer.lmbda=0.0")
+    ours = make_trainer(tmp_path, "trainer.lmbda=0.0", "step=trl")
+    theirs = make_trainer(tmp_path, "trainer.lmbda=0.0", "step=trl")
     for name in ("training_step", "compute_loss", "_fill_buffer", "_generate_on_policy_for_slices"):
         setattr(theirs, name, getattr(GOLDTrainer, name).__get__(theirs))
     ours.train()
@@ -61,21 +61,24 @@ def test_training_starts_as_trl_itself_does(tmp_path):
     assert losses(ours) == losses(theirs)
 
 
-SAME = {  # what is TRL's step in another form, and how far its losses and gradient norms may be off
+# What is TRL's step in another form, and how far its losses and gradient norms may be off. In bf16 sums that are padded
+# otherwise are rounded otherwise: after two updates TRL's own losses are 0.4 % from those in fp32.
+SAME = {
     "step=fast": 1e-5,
     "step=fast step.chunked_logits=true": 1e-5,
     "step=fast trainer.use_uld_loss=false": 1e-5,
     "step=fast step.chunked_logits=true trainer.use_uld_loss=false": 1e-5,
     "step=fast trainer.uld_use_hybrid_loss=false": 1e-5,
     "step=fast +trainer.uld_crossentropy_weight=0.5": 1e-5,
-    "step=fast precision=bf16": 1e-2,
-    "step=fast step.chunked_logits=true precision=bf16": 1e-2,
-    "step=fast precision=bf16_pure": 1e-2,
+    "step=fast precision=bf16": 2e-2,
+    "step=fast step.chunked_logits=true precision=bf16": 2e-2,
+    "step=fast precision=bf16_pure": 2e-2,
     "step.fused_loss=true": 1e-5,
     "step.completion_logits=true": 1e-5,
     "step.empty_cache=false": 0.0,
     "step.trim_padding=true": 1e-5,
     "step.cast_once=true precision=bf16": 0.0,
+    "step.inference_mode=true": 0.0,
     "step.fused_loss=true step.teacher_batch_size=3": 1e-5,
 }
 
@@ -87,7 +90,8 @@ def test_a_fast_step_is_trls(tmp_path, overrides):
         "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=4", "trainer.max_steps=3",
         "trainer.logging_steps=1",
     )  # fmt: skip
-    fast = make_trainer(tmp_path, *few, *overrides.split(), "step.rollouts_together=false")
+    start = [] if "step=" in overrides else ["step=trl"]
+    fast = make_trainer(tmp_path, *few, *start, *overrides.split(), "step.rollouts_together=false")
     kept = (each for each in overrides.split() if not each.startswith("step"))
     plain = make_trainer(tmp_path, *few, *kept, "step=trl")
     fast.train()
