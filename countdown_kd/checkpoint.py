@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from countdown_kd.cell import MARKER, STOP_FILE, step_of
@@ -69,6 +70,7 @@ def train(trainer: CountdownTrainer, checkpoint: Path | None) -> None:
         ours = json.loads((checkpoint / MARKER).read_text())
         trainer.clock.load_state(ours["clock"])
         trainer.draws, trainer.batches = ours["draws"], ours["batches"]
+        trainer.epochs_done = int(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).epoch)
         if step_of(checkpoint) >= ours["max_steps"]:
             # Trainer would take one step too many from here.
             trainer._load_from_checkpoint(str(checkpoint))

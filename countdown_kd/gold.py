@@ -44,6 +44,7 @@ class CountdownTrainer(GOLDTrainer):
     def __init__(self, *, args: GOLDConfig, gen: DictConfig, step: DictConfig, **kwargs):
         self.step = step
         self.clock = StepClock(gen.steps_per_rollout)
+        self.epochs_done = 0  # by the processes before this one
         self.steps_per_rollout = gen.steps_per_rollout
         self._later: deque[list[dict]] = deque()  # batches of the steps that the present rollouts are for too
         self._rollouts: dict[int, tuple[int, list, list]] = {}  # by step: when sampled, inputs and texts
@@ -189,6 +190,13 @@ class CountdownTrainer(GOLDTrainer):
     def rollouts_ahead(self) -> bool:
         """Whether there are rollouts for steps to come. A checkpoint would not keep them."""
         return len(self._later) > 0
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        # It draws an epoch's order from where the epoch before has left its generator.
+        for _ in range(self.epochs_done):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return sampler
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A step's batches. Those of the next steps are taken out with them, to be sampled for at once."""

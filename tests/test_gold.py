@@ -3,14 +3,18 @@
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import open_dict
+from transformers import TrainerCallback
 
 from countdown_kd import perf
+from countdown_kd.cell import STOP_FILE, last_checkpoint
+from countdown_kd.checkpoint import Checkpoints, Stopped, train
 from countdown_kd.config import ROOT, register_resolvers
 from countdown_kd.gold import CountdownTrainer, rollout_lengths
 from countdown_kd.run import load
@@ -171,6 +175,33 @@ def test_rollouts_of_several_steps_are_sampled_at_once(tmp_path, steps_per_rollo
     assert staleness == {step: step - sampled for step, sampled in expected.items()}
     first = min(expected)
     assert ahead.batches[: first + 1] == alone.batches[: first + 1]
+
+
+@pytest.mark.parametrize("overrides, stops_after", [((), 6), (("gen.steps_per_rollout=3", "trainer.lmbda=1"), 7)])
+def test_a_run_goes_on_as_if_nothing_had_been(tmp_path, overrides, stops_after):
+    """In the second epoch of two, and where rollouts wait for steps: then the checkpoint waits for the last of them."""
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                Path(args.output_dir, STOP_FILE).touch()
+
+    def start(name: str) -> CountdownTrainer:
+        trainer = make_trainer(tmp_path / name, "trainer.max_steps=8", "trainer.save_steps=100", *overrides)
+        trainer.add_callback(Checkpoints(trainer))
+        return trainer
+
+    straight = start("straight")
+    train(straight, None)
+    begun = start("interrupted")
+    begun.add_callback(Stop())
+    with pytest.raises(Stopped, match=f"after step {stops_after} of 8"):
+        train(begun, None)
+    (tmp_path / "interrupted" / STOP_FILE).unlink()
+    resumed = start("interrupted")
+    train(resumed, last_checkpoint(tmp_path / "interrupted"))
+    assert losses(resumed) == losses(straight)
+    assert all(map(torch.equal, resumed.model.parameters(), straight.model.parameters()))
 
 
 def test_a_step_of_shared_rollouts_is_as_long_as_their_mean():
