@@ -1,16 +1,19 @@
 """Runs and configs side by side."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import Launcher
+from omegaconf import OmegaConf
 from rich.console import Console
 from scipy.stats import binomtest
 
 from countdown_kd.compare import interval, mcnemar, moved_table
-from countdown_kd.config import ConfigError
+from countdown_kd.config import ConfigError, gold_config_fields
 from countdown_kd.differences import COSMETIC, LOSS, NOISE, SPEED, differences
 from countdown_kd.printed import flatten, read_configs
 
@@ -47,6 +50,77 @@ def test_two_printed_gold_configs_in_one_note(tmp_path):
     assert found.pop("bf16") == LOSS and found.pop("eval_steps") == COSMETIC
     assert found.pop("gradient_checkpointing_kwargs") == COSMETIC
     assert {each for each in found.values()} <= {NOISE, COSMETIC}
+
+
+LAB_NOTE = Path(__file__).parent / "lab_note"  # the two dumps that this project grew out of, without a host's name
+
+
+def test_the_lab_notes_dumps_differ_in_what_its_author_found_and_bf16_comes_first():
+    (_, oumi), (_, native) = (
+        config for name in ("oumi", "native_trl") for config in read_configs(LAB_NOTE / f"{name}.txt")
+    )
+    assert len(oumi) == len(native) == 207
+    found = differences([native, oumi])
+    assert [each.key for each in found if each.rank == LOSS] == [
+        "bf16", "teacher_model_name_or_path", "teacher_tokenizer_name_or_path",
+    ]  # fmt: skip
+    assert [each.key for each in found if each.rank == COSMETIC] == [
+        "eval_steps", "gradient_checkpointing_kwargs", "log_level", "logging_first_step", "lr_scheduler_kwargs",
+        "per_device_eval_batch_size",
+    ]  # fmt: skip
+    assert [each.key for each in found if each.rank == NOISE] == ["logging_dir", "output_dir", "run_name"]
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize("experiment, dump", [("lab_native", "native_trl"), ("lab_oumi", "oumi")])
+def test_the_experiments_have_every_value_of_the_lab_notes_dumps_but_the_launchers(cell, experiment, dump):
+    ((_, printed),) = read_configs(LAB_NOTE / f"{dump}.txt")
+    own = flatten(OmegaConf.to_container(cell(f"experiment={experiment}").trainer, resolve=True))
+    apart = {
+        key
+        for key, value in printed.items()
+        if key.partition(".")[0] in gold_config_fields() and (key not in own or own[key] != value)
+    }
+    launchers = "output_dir|run_name|report_to|project|trackio_.*|wandb_.*|hub_.*|push_to_hub.*|save_.*|callbacks"
+    others = "(teacher_)?model_.*|teacher_tokenizer_.*|use_cpu|local_rank|vllm_server_.*|resume_from_.*|.*_token"
+    assert {key for key in apart if not re.fullmatch(f"{launchers}|{others}", key)} == {"warmup_steps"}
+    assert printed["warmup_ratio"] == own["warmup_steps"] == 0.05
+
+
+@pytest.mark.parametrize(
+    "text, config",
+    [
+        ("GOLDConfig(\nkwargs={\n 'a': 1,\n},\nbeta=0.5,\n)", {"kwargs.a": 1, "beta": 0.5}),
+        ("GOLDConfig(\nrun_name=a=1,b=2,\nmp=,\nip=0.0.0.0,\n)", {"run_name": "a=1,b=2", "mp": "", "ip": "0.0.0.0"}),
+        ("TrainingConfig(training=TrainingParams(gold=GoldParams(lmbda=0.5)))", {"lmbda": 0.5}),
+        ("XConfig(s=<SchedulerType.COSINE: 'cosine'>, token=<HUB_TOKEN>)", {"s": "cosine", "token": "<HUB_TOKEN>"}),
+        ("args = GOLDConfig(\n    lmbda=0.9,  # half\n    model=name,\n)\n", {"lmbda": 0.9, "model": "name"}),
+        ("12:00 INFO trl: GOLDConfig(\nbf16=True,\nmp=,\n)\nnext", {"bf16": True, "mp": ""}),
+        ("GOLDConfig(\nrun_name=a(b,\nbf16=True,\n)\n", {"run_name": "a(b", "bf16": True}),
+        ("bf16: true\nlearning_rate: 1e-5\n", {"bf16": True, "learning_rate": 1e-5}),
+        ('{"bf16": true}', {"bf16": True}),
+    ],
+)  # fmt: skip
+def test_a_config_is_read_however_it_is_printed(tmp_path, text, config):
+    (tmp_path / "x.txt").write_text(text)
+    ((_, found),) = read_configs(tmp_path / "x.txt")
+    assert found == config
+
+
+def test_numbers_are_numbers_in_any_spelling_but_releases_are_not():
+    assert [flatten({"lr": value})["lr"] for value in ("1e-5", 1e-05, "0.00001")] == [1e-5] * 3
+    assert flatten({"max_steps": "60", "name": "007", "x": "1e999"}) == {"max_steps": 60, "name": "007", "x": "1e999"}
+    assert flatten({"versions": {"trl": "2.10"}}) == {"versions.trl": "2.10"}
+
+
+def test_dtypes_as_loaded_are_one_value_and_no_config_has_no_keys():
+    fp32, bf16 = ({"student": {"dtypes": {dtype: 9}}} for dtype in ("float32", "bfloat16"))
+    (found,) = differences([flatten(fp32), flatten(bf16)])
+    assert found.values == ("float32", "bfloat16") and found.rank == LOSS
+    assert flatten({"student": {"dtypes": {"float32": 9, "bfloat16": 1}}}) == {
+        "student.dtypes": "9 float32, 1 bfloat16"
+    }
+    assert flatten({}) == {}
 
 
 def test_other_frameworks_names_and_spellings_become_gold_configs():

@@ -208,7 +208,7 @@ def test_the_key_that_changes_a_step_is_named_among_twelve_that_do_not(against_d
 
 def test_the_denominator_is_named_and_other_forms_of_the_step_are_innocent():
     few = "trainer.gradient_accumulation_steps=2"
-    a, b = side(few), side(few, "step=fast", "step.average_micro_batches=true")
+    a, b = side(few, "step=trl"), side(few, "step=fast", "step.average_micro_batches=true")
     found = Parity(a, b, *differing(a, b))
     measure(found, QUIET)
     switch(found, QUIET)
