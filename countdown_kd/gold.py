@@ -54,6 +54,7 @@ class CountdownTrainer(GOLDTrainer):
         use_vllm, args.use_vllm = args.use_vllm, False
         super().__init__(args=args, **kwargs)
         self.use_vllm = args.use_vllm = use_vllm
+        self.generation_config.cache_implementation = gen.get("cache_implementation")
         if use_vllm:
             self.vllm_generation = make_vllm(
                 self.model, self._tokenizer, self.accelerator, args, gen, step.one_weight_push

@@ -109,15 +109,16 @@ def test_a_fast_step_is_trls(tmp_path, overrides):
             assert ours[key] == pytest.approx(trls[key], rel=SAME[overrides], abs=rounded)
 
 
-def test_rollouts_of_all_micro_batches_in_one_batch_are_the_same(tmp_path):
+@pytest.mark.parametrize("kind", ["step.rollouts_together=true", "gen.cache_implementation=static"])
+def test_rollouts_in_one_batch_or_with_a_static_cache_are_the_same(tmp_path, kind):
     """Where nothing is left to chance."""
     few = (
         "trainer.gradient_accumulation_steps=3", "trainer.per_device_train_batch_size=2", "trainer.max_steps=2",
         "trainer.top_k=1",
     )  # fmt: skip
     found = []
-    for together in ("false", "true"):
-        trainer = make_trainer(tmp_path, *few, f"step.rollouts_together={together}")
+    for changed in ((), (kind,)):
+        trainer = make_trainer(tmp_path, *few, "step.rollouts_together=false", *changed)
         trainer.train()
         found.append(trainer)
     assert found[0].batches == found[1].batches and max(map(sum, found[1].draws)) > 1
