@@ -135,6 +135,12 @@ def _problems(cfg: DictConfig) -> Iterator[str]:
             f"{trainer.gradient_accumulation_steps}). Make num_generations a divisor of {sequences}"
         )
 
+    if trainer.get("save_total_limit") == 1:
+        yield (
+            "trainer.save_total_limit=1: the only checkpoint is removed before the next one is whole, and a run that is "
+            "killed just then starts over. Set it to 2 or more, or null"
+        )
+
     if trainer.use_vllm and importlib.util.find_spec("vllm") is None:
         yield "gen=vllm: vLLM is not installed. Run `make setup`, pip install vllm, or use gen=hf"
     if not trainer.use_vllm:
@@ -150,9 +156,9 @@ def _problems(cfg: DictConfig) -> Iterator[str]:
         yield f"gen.steps_per_rollout={ahead}: it must be a positive integer, or 1 for a rollout every step"
 
     step = cfg.step
-    for key in ("chunked_logits", "teacher_batch_size"):
+    for key, off in (("chunked_logits", "false"), ("teacher_batch_size", "null")):
         if step[key] and not step.fused_loss:
-            yield f"step.{key}={step[key]}: TRL's loss wants whole logits. Set step.fused_loss=true as well"
+            yield f"step.{key}={step[key]}: TRL's loss wants whole logits. Set step.{key}={off} or step.fused_loss=true"
     size = step.teacher_batch_size
     if size is not None and not (isinstance(size, int) and size > 0):
         yield f"step.teacher_batch_size={size}: it must be a positive integer, or null"
