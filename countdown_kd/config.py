@@ -137,8 +137,8 @@ def _problems(cfg: DictConfig) -> Iterator[str]:
 
     if trainer.get("save_total_limit") == 1:
         yield (
-            "trainer.save_total_limit=1: the only checkpoint is removed before the next one is whole, and a run that is "
-            "killed just then starts over. Set it to 2 or more, or null"
+            "trainer.save_total_limit=1: the only checkpoint is removed before the next one is whole, and a run "
+            "that is killed just then starts over. Set it to 2 or more, or null"
         )
 
     if trainer.use_vllm and importlib.util.find_spec("vllm") is None:
