@@ -36,6 +36,7 @@ class Work(NamedTuple):
     rollout_bytes: int
     teacher_bytes: int
     weight_bytes: int  # of a number that the optimizer keeps
+    backward_forwards: int  # what a backward pass computes, in forward passes
 
 
 def measured_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
@@ -86,6 +87,7 @@ def work_of(trainer, rollout_dtype: str) -> Work:
         rollout_bytes=getattr(torch, rollout_dtype).itemsize,
         teacher_bytes=heads[1].element_size(),
         weight_bytes=weights.element_size(),
+        backward_forwards=3 if trainer.args.gradient_checkpointing else 2,
     )
 
 
@@ -105,7 +107,7 @@ def floors(work: Work, ceilings: Ceilings) -> dict[str, float]:
             2 * w.teacher_head * w.completion_tokens,
             w.micro_batches * w.teacher_head * w.teacher_bytes + 2 * logits,
         ),
-        "backward": (2 * forward, 2 * w.micro_batches * weights * w.compute_bytes + logits),
+        "backward": (w.backward_forwards * forward, 2 * w.micro_batches * weights * w.compute_bytes + logits),
         # Clipping reads and writes the gradient; AdamW reads weight, gradient and both moments, and writes all but one.
         "optimizer": (0, 9 * weights * w.weight_bytes),
     }

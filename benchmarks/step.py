@@ -47,9 +47,13 @@ ON_CPU = {
     "tiny pair, vllm": ("gen=vllm", *LAB),
     "vocabulary of 151,936, 64 tokens, hf": ("gen=hf", *REAL, "trainer.max_completion_length=64"),
 }
+LARGE = (
+    *REAL, "precision=bf16", "teacher.dtype=bfloat16", "trainer.max_completion_length=256",
+    "trainer.gradient_checkpointing=true",
+)  # fmt: skip
 ON_GPU = {
-    "1.5B from 4B, 256 tokens, hf": ("gen=hf", *REAL, "precision=bf16", "trainer.max_completion_length=256"),
-    "1.5B from 4B, 256 tokens, vllm": ("gen=vllm", *REAL, "precision=bf16", "trainer.max_completion_length=256"),
+    "1.5B from 4B, 256 tokens, hf": ("gen=hf", *LARGE),
+    "1.5B from 4B, 256 tokens, vllm": ("gen=vllm", *LARGE),
 }
 SIDES = {"TRL": ("step=trl",), "step=trl": ("step=trl",), "fast": ("step=fast",)}
 QUIET = {
