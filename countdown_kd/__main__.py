@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+from functools import cache
 
 from countdown_kd.venv import enter
 
@@ -57,8 +58,8 @@ def main(arguments: list[str]) -> int:
 
         # A run's name may have a "=" too.
         overrides = [side for side in given.sides if side.startswith(("tracking.", "tracking="))]
-        client, experiment_id = open_store(composed(overrides).tracking)
-        code = compare(client, experiment_id, [side for side in given.sides if side not in overrides], given.all)
+        store = cache(lambda: open_store(composed(overrides).tracking))
+        code = compare(store, [side for side in given.sides if side not in overrides], given.all)
         gc.freeze()  # Python looks once more when it ends, but not at what is frozen
         return code
 

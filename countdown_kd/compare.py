@@ -7,15 +7,17 @@ A RUN is the beginning of a run id, a run's name, a sweep (its cells), or a file
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,31 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from scipy import special  # scipy.stats takes a second to import, and MLflow has imported this one
 
 from countdown_kd import tracking
 from countdown_kd.config import ConfigError
 from countdown_kd.countdown import CORRECT
-from countdown_kd.differences import COSMETIC, LOSS, MISSING, NOISE, SPEED, differences
+from countdown_kd.differences import ACCURACY, COSMETIC, LOSS, MISSING, NOISE, SPEED, differences
 from countdown_kd.printed import flatten, read_configs
-from countdown_kd.summary import cell_label, summary_figure, summary_table, swept_params
+from countdown_kd.summary import PHASE_COLOURS, cell_label, summary_figure, summary_table, swept_params
 
 YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 HEADINGS = {
     LOSS: "can change the loss",
+    ACCURACY: "changes how accuracy is measured, not the loss",
     SPEED: "changes speed or memory, the loss only by rounding",
     COSMETIC: "changes nothing that is computed",
     NOISE: "where, when and under which name",
 }
+MOST_COLUMNS = 4  # sides that a table has a column for; of more it says which have which value
+ROUNDING = 1e-6  # relative: what a loss may differ by where no repeated run tells
+LOGGED_TO = 1.01e-4  # TRL rounds the on- and the off-policy loss of a mixed step to four digits, train/loss not
+IDS = "[0-9a-f]{4,32}"
+
+Store = Callable[[], tuple[MlflowClient, str]]  # opens it: two files need none, and should not make one
 
 
 @dataclass
@@ -52,6 +62,7 @@ class Side:
     config: dict[str, Any]
     run: Run | None = None
     client: MlflowClient | None = None
+    sweep: str | None = None  # the run id of the sweep that was named
 
     def artifact(self, path: str) -> str:
         """An artifact's text; empty where there is none."""
@@ -60,10 +71,53 @@ class Side:
         except (MlflowException, OSError):
             return ""
 
+    def curve(self, metric: str) -> dict[int, float]:
+        history = self.client.get_metric_history(self.run.info.run_id, metric)
+        return {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
+
     @cached_property
     def losses(self) -> dict[int, float]:
-        history = self.client.get_metric_history(self.run.info.run_id, "train/loss")
-        return {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
+        return self.curve("train/loss")
+
+    @cached_property
+    def kinds(self) -> dict[str, dict[int, tuple[float, float]]]:
+        """The losses of on-policy and of off-policy micro-batches by step, and how far each may be off by rounding."""
+        own, text = self.curve("train/on_policy_loss"), self.curve("train/off_policy_loss")
+
+        def one(curve: dict[int, float], other: dict[int, float]) -> dict[int, tuple[float, float]]:
+            # Where a step is all of one kind, train/loss is that kind's, and is not rounded.
+            pure = self.losses.keys() - other.keys()
+            return {step: (self.losses[step], 0.0) if step in pure else (curve[step], LOGGED_TO) for step in curve}
+
+        return {"on-policy": one(own, text), "off-policy": one(text, own)}
+
+    @cached_property
+    def repeats(self) -> list[Side]:
+        """Other finished runs of the same effective config, code and versions."""
+        key = self.run.data.tags.get(tracking.IDENTITY_TAG)
+        if key is None or not self.config:
+            return []
+        same = f"tags.`{tracking.IDENTITY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
+        runs = self.client.search_runs([self.run.info.experiment_id], same)
+        sides = [run_side(self.client, run) for run in runs if run.info.run_id != self.run.info.run_id]
+        return [
+            side
+            for side in sides
+            if not any(each.rank != NOISE or each.key == "code" for each in differences([self.config, side.config]))
+        ]
+
+    @cached_property
+    def went_on(self) -> dict[str, Any] | None:
+        """The effective config of the process that went on last from a checkpoint; None where none did."""
+        names = [file.path for file in self.client.list_artifacts(self.run.info.run_id, "config")]
+        steps = {
+            int(found[1]): found[0] for name in names if (found := re.search(r"effective_from_step_(\d+).yaml", name))
+        }
+        return self.read_config(steps[max(steps)]) if steps else None
+
+    def read_config(self, name: str) -> dict[str, Any]:
+        """A config's flat keys; empty where there is none."""
+        return flatten(yaml.load(self.artifact(f"config/{name}") or "{}", YamlLoader))
 
     @cached_property
     def batches(self) -> dict[str, list]:
@@ -80,15 +134,18 @@ class Side:
         return {name: [row[i] for row in table["data"]] for i, name in enumerate(table["columns"])}
 
 
-def find_sides(client: MlflowClient, experiment_id: str, names: Sequence[str]) -> list[Side]:
+def find_sides(store: Store, names: Sequence[str]) -> list[Side]:
     """What the names mean. Raises ConfigError for one that means nothing, or less than two things in all."""
     sides: list[Side] = []
     for name in names:
-        file = Path(name).expanduser()
-        if file.is_file():
-            sides += [Side(label, config) for label, config in read_configs(file)]
-        else:
-            sides += [run_side(client, run) for run in named_runs(client, experiment_id, name)]
+        file = os.path.expanduser(name)
+        if os.path.isfile(file):  # Path would raise where a run's name is longer than a file's may be
+            sides += [Side(label, config) for label, config in read_configs(Path(file))]
+            continue
+        client, experiment_id = store()
+        run = named_run(client, experiment_id, name)
+        sweep = run.info.run_id if is_sweep(run) else None
+        sides += [run_side(client, each, sweep) for each in (tracking.cells_of(client, sweep) if sweep else [run])]
     if len(sides) < 2:
         raise ConfigError(f"{' '.join(names)}: {len(sides)} to compare; give two runs, a sweep, or two configs")
     labels = _labels([side.run for side in sides if side.run])
@@ -98,27 +155,38 @@ def find_sides(client: MlflowClient, experiment_id: str, names: Sequence[str]) -
     return sides
 
 
-def named_runs(client: MlflowClient, experiment_id: str, name: str) -> list[Run]:
+def is_sweep(run: Run) -> bool:
+    return run.data.tags.get("countdown_kd.kind") == "sweep"
+
+
+def named_run(client: MlflowClient, experiment_id: str, name: str) -> Run:
+    """The run, or the sweep, whose id begins so or that is called so. Raises ConfigError for none and for several."""
+
     def search(pattern: str) -> list[Run]:
         return client.search_runs([experiment_id], pattern, order_by=["attributes.start_time DESC"])
 
-    found = search(f"attributes.run_id LIKE '{name}%'") if re.fullmatch("[0-9a-f]{4,32}", name) else []
-    if len(found) > 1:
-        raise ConfigError(f"{name}: the ids of {len(found)} runs begin so; give more of it")
+    found = search(f"attributes.run_id LIKE '{name}%'") if re.fullmatch(IDS, name) else []
     if not found:
         # A name may hold quotes, for which filters have no escape; to LIKE, an underscore is any character.
         alike = search("attributes.run_name LIKE '{}'".format(name.replace("'", "_")))
-        found = [run for run in alike if run.info.run_name == name][:1]
+        found = [run for run in alike if run.info.run_name == name]
+    if len(found) > 1:
+        ids = ", ".join(f"{run.info.run_id[:8]} ({run.info.status.lower()})" for run in found[:10])
+        raise ConfigError(f"{name}: {len(found)} runs are called so or have ids that begin so: {ids}. Give one's id")
     if not found:
-        raise ConfigError(f"{name}: no run by that id or name in this store, and no such file")
-    if found[0].data.tags.get("countdown_kd.kind") == "sweep":
-        return tracking.cells_of(client, found[0].info.run_id)
-    return found
+        names = {run.info.run_name for run in search("")}
+        near = ", ".join(difflib.get_close_matches(name, names))
+        uri = re.sub(r"//[^/@]*@", "//", client.tracking_uri)  # a password in it is not shown
+        raise ConfigError(
+            f"{name}: no run by that id or name in {uri}, and no such file{f'. Near: {near}' if near else ''}. "
+            "Give a run's name, or the first 4 or more of its id's 32 hex digits; tracking.uri=… is another store"
+        )
+    return found[0]
 
 
-def run_side(client: MlflowClient, run: Run) -> Side:
-    side = Side(run.info.run_name, {}, run, client)
-    side.config = flatten(yaml.load(side.artifact("config/effective.yaml") or "{}", YamlLoader))
+def run_side(client: MlflowClient, run: Run, sweep: str | None = None) -> Side:
+    side = Side(run.info.run_name, {}, run, client, sweep)
+    side.config = side.read_config("effective.yaml")
     return side
 
 
@@ -133,31 +201,50 @@ def _labels(runs: list[Run]) -> dict[str, str]:
     return labels
 
 
-def compare(client: MlflowClient, experiment_id: str, names: Sequence[str], show_noise: bool) -> int:
+def compare(store: Store, names: Sequence[str], show_noise: bool) -> int:
     """Print what differs between the sides. Returns 0, or 2 where there is nothing to compare."""
     console = Console(highlight=False)
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     try:
-        sides = find_sides(client, experiment_id, names)
+        sides = find_sides(store, names)
     except ConfigError as error:
-        console.print(f"[red]{error}[/]")
+        console.print(f"[red]{escape(str(error))}[/]")
         return 2
-    for side in sides:
-        if side.run and side.run.info.status != "FINISHED":
-            console.print(f"[yellow]{side.label} has not finished ({side.run.info.status}): what it has is compared[/]")
-        if side.run and not side.config:
-            console.print(f"[yellow]{side.label} has no effective config: it died before, or is of another program[/]")
-    show_differences(console, sides, show_noise)
     run = [side for side in sides if side.run]
+    for side in run:
+        show_state(console, side)
+    show_differences(console, sides, show_noise)
     if len(run) > 1:
+        client = run[0].client
         show_curves(console, run)
         show_outcomes(console, client, run)
-        figure = summary_figure(client, [side.run for side in run], Path("compare.png").absolute())
-        console.print(f"\nfigure   {figure}", soft_wrap=True)
-        sweeps = {side.run.data.tags.get(tracking.PARENT_TAG) for side in run}
-        if len(sweeps) == 1 and None not in sweeps:
-            client.log_artifact(sweeps.pop(), str(figure))
+        labels = [side.label for side in run]
+        figure = summary_figure(client, [side.run for side in run], Path("compare.png").absolute(), labels)
+        console.print(f"\nfigure   {escape(str(figure))}", soft_wrap=True)
+        for sweep in sweeps_of(run):
+            client.log_artifact(sweep, str(figure))
     return 0
+
+
+def sweeps_of(run: list[Side]) -> set[str]:
+    """The sweeps that a figure of these runs belongs to: those that were named, else the one that has all of them."""
+    named = {side.sweep for side in run if side.sweep}
+    parents = {side.run.data.tags.get(tracking.PARENT_TAG) for side in run}
+    return named or (parents if len(parents) == 1 and None not in parents else set())
+
+
+def show_state(console: Console, side: Side) -> None:
+    """Say what a reader of the tables would not expect of a run."""
+    label, status = escape(side.label), side.run.info.status
+    if status != "FINISHED":
+        console.print(f"[yellow]{label} has not finished ({status}): what it has is compared[/]")
+    if not side.config:
+        console.print(f"[yellow]{label} has no effective config: it died before, or is of another program[/]")
+    elif side.went_on:
+        other = [each for each in differences([side.config, side.went_on]) if each.rank != NOISE or each.key == "code"]
+        changes = ", ".join(f"{each.key}: {' → '.join(map(spelled, each.values))}" for each in other)
+        if changes:
+            console.print(f"[yellow]{label} went on from a checkpoint with other values: {escape(changes)}[/]")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -165,28 +252,55 @@ def compare(client: MlflowClient, experiment_id: str, names: Sequence[str], show
 
 
 def show_differences(console: Console, sides: list[Side], show_noise: bool) -> None:
+    sides = [side for side in sides if side.config]
+    if len(sides) < 2:
+        console.print(f"{len(sides)} of them has a config: there is none to compare it with.", style="bold")
+        return
     found = differences([side.config for side in sides])
     noise = [each for each in found if each.rank == NOISE and not show_noise]
     # Two frameworks' configs, or two releases', share few keys; what only one has is as often a default as a choice.
-    lone = [each for each in found if MISSING in each.values and each not in noise and not show_noise]
+    hide = not show_noise and not all(side.run for side in sides)
+    lone = [each for each in found if hide and MISSING in each.values and each not in noise]
     shown = [each for each in found if each not in noise and each not in lone]
     if not shown:
-        console.print("The configs are the same.", style="bold")
+        same = "The configs are the same." if not lone else "The configs are the same in every key that all sides have."
+        console.print(same, style="bold")
+    many = len(sides) > MOST_COLUMNS
+    if many and shown:
+        for number, side in enumerate(sides, start=1):
+            console.print(f"[bold]{number}[/]  {escape(side.label)}", soft_wrap=True)
+        console.print()
     for rank, heading in HEADINGS.items():
         rows = [each for each in shown if each.rank == rank]
         if not rows:
             continue
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, title=heading, title_justify="left")
-        for header in ("key", *(side.label for side in sides), "why"):
-            table.add_column(header, overflow="fold")
+        for header in ("key", *(["value: sides"] if many else [side.label for side in sides]), "why"):
+            table.add_column(escape(header), overflow="fold")
         for each in rows:
-            table.add_row(each.key, *(spelled(value) for value in each.values), each.why)
+            values = [by_value(each.values)] if many else map(spelled, each.values)
+            table.add_row(*map(escape, (each.key, *values, each.why)))
         console.print(table)
         console.print()
     told = [f"{len(noise)} in folders, names and addresses"] if noise else []
     told += [f"{len(lone)} that not every side has"] if lone else []
     if told:
         console.print(f"Not shown without --all: {', '.join(told)}", style="dim")
+
+
+def by_value(values: Sequence[Any]) -> str:
+    """Which sides have which value, a line each: ``True: 1, 3–5``."""
+    sides: dict[str, list[int]] = defaultdict(list)
+    spelling = {repr(value): spelled(value) for value in values}
+    for number, value in enumerate(values, start=1):
+        sides[repr(value)].append(number)
+
+    def ranges(numbers: list[int]) -> str:
+        starts = [numbers[0], *(b for a, b in pairwise(numbers) if b != a + 1)]
+        ends = [*(a for a, b in pairwise(numbers) if b != a + 1), numbers[-1]]
+        return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in zip(starts, ends, strict=True))
+
+    return "\n".join(f"{spelling[value]}: {ranges(numbers)}" for value, numbers in sides.items())
 
 
 def spelled(value: Any) -> str:
@@ -200,82 +314,110 @@ def spelled(value: Any) -> str:
 
 @dataclass
 class Parting:
-    """Where two runs part: the first step (from 1) of each kind, None where they never do."""
+    """Where two runs part: the first step (from 1) of each kind, None where they never do, "?" where one lacks it."""
 
-    draws: int | None
-    puzzles: int | str | None  # "?" where a run has not recorded them
+    draws: int | str | None
+    puzzles: int | str | None
     rollouts: int | str | None
-    losses: dict[str, int | None]  # all, on-policy, off-policy
+    losses: dict[str, int | str | None]  # all, on-policy, off-policy
     steps: int  # that both have
 
 
-def parting(one: Side, other: Side, noise: float) -> Parting:
-    """The first steps at which two runs differ; losses by more than ``noise``, relative to the larger."""
+def parting(one: Side, other: Side, noise: dict[int, float]) -> Parting:
+    """The first steps at which two runs differ; losses by more than the step's ``noise``, relative to the larger."""
     steps = sorted(set(one.losses) & set(other.losses))
 
-    def first(differ) -> int | None:
-        return next((step for step in steps if differ(step)), None)
+    def told(name: str, part: Callable[[Any], Any]) -> int | str | None:
+        a, b = one.batches.get(name), other.batches.get(name)
+        if not a or not b:
+            return "?"
+        return next((step for step in steps if part(a[step - 1 : step]) != part(b[step - 1 : step])), None)
 
-    def flags(side: Side, step: int) -> list[bool]:
-        told = side.batches.get("on_policy", [])
-        return told[step - 1] if step <= len(told) else []
+    def hashes(number: int) -> Callable[[list], list]:
+        return lambda step: [[each[number] for each in batches] for batches in step]
 
-    def hashes(side: Side, step: int, part: int) -> list[str]:
-        told = side.batches.get("batches", [])
-        return [each[part] for each in told[step - 1]] if step <= len(told) else []
+    def apart(a: dict[int, tuple[float, float]], b: dict[int, tuple[float, float]]) -> int | str | None:
+        both = [step for step in steps if step in a and step in b]
+        for step in both:
+            (x, rounded), (y, also_rounded) = a[step], b[step]
+            close = math.isclose(x, y, rel_tol=noise[step], abs_tol=max(rounded, also_rounded))
+            if not close and not (math.isnan(x) and math.isnan(y)):
+                return step
+        return None if both else "?"
 
-    def apart(step: int) -> bool:
-        a, b = one.losses[step], other.losses[step]
-        return not math.isclose(a, b, rel_tol=noise, abs_tol=0) and not (math.isnan(a) and math.isnan(b))
-
-    recorded = bool(one.batches.get("batches") and other.batches.get("batches"))
+    whole = [{step: (loss, 0.0) for step, loss in side.losses.items()} for side in (one, other)]
+    kinds = {kind: apart(one.kinds[kind], other.kinds[kind]) for kind in one.kinds}
     return Parting(
-        draws=first(lambda step: flags(one, step) != flags(other, step)),
-        puzzles=first(lambda step: hashes(one, step, 0) != hashes(other, step, 0)) if recorded else "?",
-        rollouts=first(lambda step: hashes(one, step, 1) != hashes(other, step, 1)) if recorded else "?",
-        losses={
-            "all": first(apart),
-            "on-policy": first(lambda step: any(flags(one, step)) and apart(step)),
-            "off-policy": first(lambda step: not any(flags(one, step)) and apart(step)),
-        },
+        draws=told("on_policy", lambda step: step),
+        puzzles=told("batches", hashes(0)),
+        rollouts=told("batches", hashes(1)),
+        losses={"all": apart(*whole), **kinds},
         steps=len(steps),
     )
 
 
-def noise_of(client: MlflowClient, experiment_id: str, sides: Sequence[Side]) -> tuple[float, int]:
-    """How far the losses of runs of one and the same config lie apart (relative), and how many pairs tell."""
-    largest, pairs = 0.0, 0
-    for key in {side.run.data.tags.get(tracking.IDENTITY_TAG) for side in sides} - {None}:
-        runs = client.search_runs(
-            [experiment_id], f"tags.`{tracking.IDENTITY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
-        )
-        repeats = [Side("", {}, run, client).losses for run in runs]
-        for other in repeats[1:]:
-            pairs += 1
-            for step in set(repeats[0]) & set(other):
-                a, b = repeats[0][step], other[step]
-                largest = max(largest, abs(a - b) / max(abs(a), abs(b), 1e-12))
-    return largest, pairs
+def noise_of(one: Side, other: Side) -> tuple[dict[int, float], int]:
+    """How far losses of repeated runs lie apart (relative) up to each step, and how many pairs tell.
+
+    Pairs are of either side with its repeats; the two themselves are what is judged, and do not count.
+    """
+    compared = {one.run.info.run_id, other.run.info.run_id}
+    pairs = [
+        (side.losses, repeat.losses)
+        for side in (one, other)
+        for repeat in side.repeats
+        if repeat.run.info.run_id not in compared
+    ]
+    largest, noise = ROUNDING, {}
+    for step in sorted(set(one.losses) | set(other.losses)):
+        for a, b in pairs:
+            if step in a and step in b:
+                largest = max(largest, abs(a[step] - b[step]) / max(abs(a[step]), abs(b[step]), 1e-12))
+        noise[step] = largest
+    return noise, len(pairs)
 
 
 def show_curves(console: Console, sides: list[Side]) -> None:
     trained = [side for side in sides if side.losses]
+    for side in sides:
+        if not side.losses:
+            console.print(f"\n{escape(side.label)} has logged no train/loss: it is not among the curves")
     if len(trained) < 2:
         return
     first = trained[0]
-    measured, pairs = noise_of(first.client, first.run.info.experiment_id, trained)
-    noise = max(measured, 1e-6)
-    source = f"of {pairs} repeated runs" if pairs else "rounding: no run is repeated here, force=true repeats one"
-    console.print(f"\n[bold]Curves[/]: the first step that differs from {first.label}'s; noise {noise:.1e} ({source})")
+    console.print(f"\n[bold]Curves[/]: the first step that differs from {escape(first.label)}'s")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("run", overflow="fold")
-    for header in ("draws", "puzzles", "rollouts", "loss", "loss on-\npolicy", "loss off-\npolicy", "of steps"):
+    headers = (
+        "noise",
+        "pairs",
+        "draws",
+        "puzzles",
+        "rollouts",
+        "loss",
+        "loss on-\npolicy",
+        "loss off-\npolicy",
+        "of steps",
+    )
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
+    unrecorded = False
     for other in trained[1:]:
+        noise, pairs = noise_of(first, other)
         part = parting(first, other, noise)
         cells = (part.draws, part.puzzles, part.rollouts, *part.losses.values())
-        table.add_row(other.label, *("never" if step is None else str(step) for step in cells), str(part.steps))
+        unrecorded |= "?" in cells
+        table.add_row(
+            escape(other.label), f"{noise[max(noise)]:.0e}", str(pairs),
+            *("never" if step is None else str(step) for step in cells), str(part.steps),
+        )  # fmt: skip
     console.print(table)
+    told = (
+        "noise: how far repeated runs of one config and code have parted by the last step, in so many pairs of them; "
+    )
+    told += "without one (force=true repeats a run) it is rounding"
+    told += "; ?: a run has not recorded it (that is written when it ends)" if unrecorded else ""
+    console.print(told, style="dim")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -284,23 +426,43 @@ def show_curves(console: Console, sides: list[Side]) -> None:
 
 def show_outcomes(console: Console, client: MlflowClient, sides: list[Side]) -> None:
     console.print("\n[bold]Outcomes[/]")
-    console.print(summary_table(client, [side.run for side in sides]))
+    runs = [side.run for side in sides]
+    names = swept_params(runs)
+    alike = len({cell_label(run, names) for run in runs}) < len(runs)
+    console.print(summary_table(client, runs, [side.label for side in sides] if alike else None))
+    show_phases(console, sides)
     show_seeds(console, sides)
     told = [side for side in sides if side.predictions is not None]
-    if len(told) < 2:
-        return
-    first = told[0]
+    for side in sides:
+        if side.predictions is None:
+            console.print(f"\n{escape(side.label)} has no predictions: not compared puzzle by puzzle")
     for other in told[1:]:
+        first, a, b = told[0], escape(told[0].label), escape(other.label)
         if any(first.predictions[name] != other.predictions[name] for name in ("numbers", "target")):
-            console.print(f"\n{other.label} was evaluated on other puzzles than {first.label}: not compared one by one")
+            console.print(f"\n{b} was evaluated on other puzzles than {a}: not compared one by one")
             continue
         labels = first.predictions["label"], other.predictions["label"]
         gained, lost, p = mcnemar(*labels)
         console.print(
-            f"\n[bold]{first.label} → {other.label}[/]: {gained} puzzles gained, {lost} lost of "
-            f"{len(labels[0])}; McNemar (exact) p = {p:.2g}"
+            f"\n[bold]{a} → {b}[/]: {gained} puzzles gained, {lost} lost of {len(labels[0])}; "
+            f"McNemar (exact) p = {p:.2g}"
         )
         console.print(moved_table(*labels))
+
+
+def show_phases(console: Console, sides: list[Side]) -> None:
+    """Where an optimizer step's time goes, of the runs that have timed it."""
+    timed = [side for side in sides if any(name.startswith("perf/phase/") for name in side.run.data.metrics)]
+    if not timed:
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    for header in ("seconds a step", *PHASE_COLOURS):
+        table.add_column(header, justify="right" if header in PHASE_COLOURS else "left", overflow="fold")
+    for side in timed:
+        seconds = (side.run.data.metrics.get(f"perf/phase/{phase}_s") for phase in PHASE_COLOURS)
+        table.add_row(escape(side.label), *("–" if each is None else f"{each:.3g}" for each in seconds))
+    console.print()
+    console.print(table)
 
 
 def mcnemar(one: Sequence[str], other: Sequence[str]) -> tuple[int, int, float]:
@@ -350,16 +512,17 @@ def show_seeds(console: Console, sides: list[Side]) -> None:
             100 * side.run.data.metrics["eval/accuracy"] for side in group if "eval/accuracy" in side.run.data.metrics
         ]
         label = cell_label(group[0].run, names) if names else "all"
-        table.add_row(label, str(len(group)), interval(losses, ".4f"), interval(solved, ".1f"))
+        table.add_row(escape(label), str(len(group)), interval(losses, ".4f"), interval(solved, ".1f", 0, 100))
     console.print(table)
 
 
-def interval(values: list[float], form: str) -> str:
-    """Mean and Student's 95 % interval, as ``0.51 (0.48–0.54)``."""
-    if not values:
-        return "–"
+def interval(values: list[float], form: str, least: float = -math.inf, most: float = math.inf) -> str:
+    """Mean and Student's 95 % interval, as ``0.51 (0.48–0.54)``; of less than three the values: theirs says nothing.
+
+    The interval ends where values do, at ``least`` and ``most``.
+    """
+    if len(values) < 3:
+        return ", ".join(format(value, form) for value in values) or "–"
     mean = statistics.fmean(values)
-    if len(values) < 2:
-        return format(mean, form)
     half = float(special.stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:{form}} ({mean - half:{form}}–{mean + half:{form}})"
+    return f"{mean:{form}} ({max(least, mean - half):{form}}–{min(most, mean + half):{form}})"

@@ -6,8 +6,8 @@ import fnmatch
 from dataclasses import dataclass
 from typing import Any
 
-LOSS, SPEED, COSMETIC, NOISE = "loss", "speed", "cosmetic", "noise"
-RANKS = (LOSS, SPEED, COSMETIC, NOISE)
+LOSS, ACCURACY, SPEED, COSMETIC, NOISE = "loss", "accuracy", "speed", "cosmetic", "noise"
+RANKS = (LOSS, ACCURACY, SPEED, COSMETIC, NOISE)
 
 # The first pattern that fits tells. What fits none is taken for able to change the loss.
 REASONS: tuple[tuple[str, str, str], ...] = (
@@ -19,7 +19,10 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     ("local_rank", NOISE, "which process printed the config"),
     ("*port", NOISE, "an address"),
     ("hydra.*", NOISE, "the launcher's part"),
-    ("code", NOISE, "a hash of the code; the commit tells more"),
+    ("code", NOISE, "a hash of the code; the commit tells more"),  # differences() knows when it does not
+    # how accuracy is measured: before the sampling's and the data's keys, which are called the same
+    ("eval.batch_size", SPEED, "how many held-out puzzles are answered at once"),
+    ("eval.*", ACCURACY, "how accuracy is measured: only equal ones can be compared"),
     # numbers
     ("bf16", LOSS, "autocast: which precision forward and backward compute in"),
     ("fp16", LOSS, "autocast: which precision forward and backward compute in"),
@@ -85,6 +88,10 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     ("torch_compile*", SPEED, "fused kernels; the numbers are the same up to rounding"),
     ("torch_empty_cache_steps", SPEED, "memory for time"),
     ("dataloader_*", SPEED, "how batches are fetched"),
+    ("vllm_sync_frequency", LOSS, "how old the weights are that rollouts are sampled from"),
+    ("vllm_structured_outputs_regex", LOSS, "which rollouts there can be"),
+    ("vllm_guided_decoding_regex", LOSS, "which rollouts there can be"),
+    ("vllm_max_model_length", LOSS, "where rollouts are cut"),
     ("vllm_*", SPEED, "how vLLM uses its GPU"),
     ("*.steps_per_rollout", LOSS, "how old rollouts may be"),
     ("rollout.*", LOSS, "how rollouts are sampled"),
@@ -103,7 +110,6 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     ("use_cpu", SPEED, "another device"),
     # written down, not computed with
     ("eval_*", COSMETIC, "when and how a loss is measured on held-out data"),
-    ("eval.*", COSMETIC, "how accuracy is measured: compare equal ones"),
     ("per_device_eval_batch_size", COSMETIC, "how held-out data is batched"),
     ("log*", COSMETIC, "what is written down"),
     ("report_to", COSMETIC, "who is told"),
@@ -126,7 +132,7 @@ EMPTY = (None, [], {}, "")
 
 @dataclass(frozen=True)
 class Difference:
-    """A key that differs, its value on each side (None where a side has no such key), what it can change and why."""
+    """A key that differs, its value on each side (MISSING where a side has no such key), what it can change and why."""
 
     key: str
     values: tuple[Any, ...]
@@ -145,7 +151,7 @@ MISSING = Missing()
 
 
 def rank(key: str) -> tuple[str, str]:
-    """What a key can change (loss, speed, cosmetic, noise), and why."""
+    """What a key can change (one of RANKS), and why."""
     for pattern, kind, why in REASONS:
         if fnmatch.fnmatchcase(key, pattern) or fnmatch.fnmatchcase(key.rpartition(".")[2], pattern):
             return kind, why
@@ -154,7 +160,7 @@ def rank(key: str) -> tuple[str, str]:
 
 def differences(configs: list[dict[str, Any]]) -> list[Difference]:
     """The keys that differ, those that can change the loss first, then by name; MISSING where a side lacks a key."""
-    found = []
+    found: list[Difference] = []
     for key in dict.fromkeys(key for config in configs for key in config):
         values = tuple(config.get(key, MISSING) for config in configs)
         told = [value for value in values if value is not MISSING]
@@ -162,6 +168,8 @@ def differences(configs: list[dict[str, Any]]) -> list[Difference]:
             continue
         if all(value in EMPTY for value in told):
             found.append(Difference(key, values, COSMETIC, "unset and empty mean the same"))
+        elif key == "code" and len({config.get("commit") for config in configs}) == 1:
+            found.append(Difference(key, values, LOSS, "changes that are not committed: see each run's code.diff"))
         else:
             found.append(Difference(key, values, *rank(key)))
     return sorted(found, key=lambda difference: (RANKS.index(difference.rank), difference.key))

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from countdown_kd.compare import named_runs, run_side
+from countdown_kd.compare import is_sweep, named_run, run_side
 from countdown_kd.config import ConfigError, identity, plain, validate
 from countdown_kd.differences import LOSS, differences
 from countdown_kd.plan import flat
@@ -194,10 +194,10 @@ def read_side(given: str, compose: Compose) -> DictConfig:
         cfg = compose(shlex.split(given))
     else:  # the name of a run may be its overrides, between commas
         client, experiment_id = open_store(compose([]).tracking)
-        runs = named_runs(client, experiment_id, given)
-        if len(runs) != 1:
-            raise ConfigError(f"{given}: a sweep of {len(runs)} cells; give one of them")
-        cfg = OmegaConf.create(run_side(client, runs[0]).artifact("config/composed.yaml"))
+        run = named_run(client, experiment_id, given)
+        if is_sweep(run):
+            raise ConfigError(f"{given}: a sweep; give one of its cells")
+        cfg = OmegaConf.create(run_side(client, run).artifact("config/composed.yaml"))
     lacks = sorted(SECTIONS - set(cfg)) if isinstance(cfg, DictConfig) else ["keys"]
     if lacks:
         raise ConfigError(

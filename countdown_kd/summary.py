@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import textwrap
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from countdown_kd.countdown import FAILURES
@@ -65,7 +67,7 @@ def show(
 
 def show_death(console: Console, cell: Run, label: str) -> None:
     """What became of a cell that did not finish, where its log is, and how that ends."""
-    console.print(f"\n[red]{label}: {state_of(cell)}[/]; its log ends with", highlight=False)
+    console.print(f"\n[red]{escape(f'{label}: {state_of(cell)}')}[/]; its log ends with", highlight=False)
     for line in last_lines(log_of(cell)):
         console.print(f"  │ {line}", style="dim", markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
     print(f"  {log_of(cell)}")
@@ -115,18 +117,21 @@ def final_loss(client: MlflowClient, cell: Run) -> float | None:
     return statistics.fmean(metric.value for metric in last) if last else None
 
 
-def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
-    """A row a cell; s/it never without the batch that an iteration trains. Fits 80 columns for two swept groups."""
+def summary_table(client: MlflowClient, cells: list[Run], labels: Sequence[str] | None = None) -> Table:
+    """A row a cell; s/it never without the batch that an iteration trains. Fits 80 columns for two swept groups.
+
+    ``labels`` name the rows where what was swept does not tell them apart.
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     names = swept_params(cells)
-    for name in names:
-        table.add_column(name.removeprefix("trainer."), overflow="fold")
+    for name in ["run"] if labels else names:
+        table.add_column(escape(name.removeprefix("trainer.")), overflow="fold")
     for header in ("loss", "s/it", "samples\n/s", "global\nbatch", "peak\nGiB"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("solved, %\nbefore → after", min_width=24)
     table.add_column("cut\noff", justify="right", no_wrap=True)
 
-    for cell in cells:
+    for number, cell in enumerate(cells):
         metrics = cell.data.metrics
 
         def shown(name: str, form: str, metrics=metrics) -> str:
@@ -137,7 +142,7 @@ def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
         accuracy = f"{before} → {after}" if before and after else after or before or "–"
         if cell.info.status != "FINISHED":
             accuracy = state_of(cell)  # it has no result to compare, whatever it got to
-        row = [cell.data.params.get(name, "–") for name in names]
+        row = [labels[number]] if labels else [cell.data.params.get(name, "–") for name in names]
         row += [
             f"{loss:.4f}" if loss is not None else "–",
             shown("perf/s_per_it", ".2f"),
@@ -147,7 +152,7 @@ def summary_table(client: MlflowClient, cells: list[Run]) -> Table:
             accuracy,
             shown("eval/truncated_frac", ".0%"),
         ]
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 
@@ -164,12 +169,12 @@ def _percentages(metrics: dict[str, float], prefix: str) -> tuple[float, ...]:
     return tuple(100 * metrics[f"{prefix}/{name}"] for name in ("accuracy", "accuracy_low", "accuracy_high"))
 
 
-def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
+def summary_figure(client: MlflowClient, cells: list[Run], file: Path, labels: Sequence[str] | None = None) -> Path:
     """Loss by step, accuracy before and after with intervals, what failed and how, where an iteration's time goes."""
     from matplotlib.figure import Figure
 
     names = swept_params(cells)
-    labels = [textwrap.fill(cell_label(cell, names), 32, max_lines=3) for cell in cells]
+    labels = [textwrap.fill(each, 32, max_lines=3) for each in labels or [cell_label(cell, names) for cell in cells]]
     rows = range(len(cells))
     figure = Figure(figsize=(13, 4.4 + 0.8 * max(4, len(cells))), layout="constrained")
     (losses, accuracies), (times, failures) = figure.subplots(2, 2)
@@ -183,18 +188,19 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path) -> Path:
         losses.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
         losses.plot(steps, smooth, color=colour, linewidth=1.8, label=label)
     losses.set(title="Training loss (thick: mean of 10 steps)", xlabel="optimizer step", yscale="log")
+    losses.xaxis.get_major_locator().set_params(integer=True)
     losses.grid(alpha=0.25)
     if losses.lines:
         losses.legend(fontsize=8, frameon=False)
 
     for row, cell, colour in zip(rows, cells, cycle(COLOURS)):
-        for prefix, filled in (("eval_before", False), ("eval", True)):
+        for prefix, filled, above in (("eval_before", False, 0.12), ("eval", True, -0.12)):  # intervals that overlap
             metrics = cell.data.metrics
             if f"{prefix}/accuracy" not in metrics:
                 continue
             value, low, high = _percentages(metrics, prefix)
             accuracies.errorbar(
-                value, row, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3,
+                value, row - above, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3,
                 markersize=7, markerfacecolor=colour if filled else "white",
             )  # fmt: skip
     accuracies.set(

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 from conftest import Launcher
+from mlflow import MlflowClient
+from mlflow.entities import Metric
 from omegaconf import OmegaConf
 from rich.console import Console
 from scipy.stats import binomtest
 
-from countdown_kd.compare import interval, mcnemar, moved_table
+from countdown_kd import tracking
+from countdown_kd.compare import Side, by_value, compare, interval, mcnemar, moved_table, noise_of, parting
 from countdown_kd.config import ConfigError, gold_config_fields
-from countdown_kd.differences import COSMETIC, LOSS, NOISE, SPEED, differences
+from countdown_kd.differences import ACCURACY, COSMETIC, LOSS, NOISE, SPEED, differences, rank
 from countdown_kd.printed import flatten, read_configs
 
 SHORT = ("trainer.max_steps=6", "trainer.per_device_train_batch_size=4", "eval.num_puzzles=30")
@@ -141,6 +144,25 @@ def test_what_can_change_the_loss_comes_first():
     assert "KL(teacher || student)" in found[0].why and found[1].why == "not known to be harmless"
 
 
+@pytest.mark.parametrize(
+    "key, what",
+    [
+        ("vllm_sync_frequency", LOSS), ("vllm_max_model_length", LOSS), ("vllm_gpu_memory_utilization", SPEED),
+        ("eval.rule", ACCURACY), ("eval.temperature", ACCURACY), ("eval.batch_size", SPEED), ("temperature", LOSS),
+    ],
+)  # fmt: skip
+def test_what_changes_rollouts_or_how_accuracy_is_measured_is_no_matter_of_speed(key, what):
+    assert rank(key)[0] == what
+
+
+def test_changes_that_are_not_committed_can_change_the_loss_and_committed_ones_are_told_by_the_commit():
+    one, other = {"commit": "c1", "code": "a"}, {"commit": "c1", "code": "b"}
+    (found,) = differences([one, other])
+    assert found.rank == LOSS and "code.diff" in found.why
+    found = {each.key: each.rank for each in differences([one, {"commit": "c2", "code": "b"}])}
+    assert found == {"commit": LOSS, "code": NOISE}
+
+
 @pytest.mark.parametrize("text", ["nothing here", "GOLDConfig(" + "(" * 100_000 + ")", "GOLDConfig(\n" + "x" * 10**6])
 def test_text_without_a_config_is_told_and_never_run(tmp_path, text):
     (tmp_path / "x.txt").write_text(text)
@@ -184,6 +206,179 @@ def test_mcnemars_p_is_scipys_for_any_number_of_puzzles(gained, lost):
 def test_the_interval_over_seeds_is_students():
     assert interval([1.0, 2.0, 3.0], ".2f") == "2.00 (-0.48–4.48)"
     assert interval([2.0], ".1f") == "2.0" and interval([], ".1f") == "–"
+    assert interval([60.0, 62.4], ".1f") == "60.0, 62.4", "an interval of two is wider than what it is of"
+    assert interval([1.0, 50.0, 99.0], ".1f", 0, 100) == "50.0 (0.0–100.0)"
+
+
+# ------------------------------------------------------------------------------------------------
+# Made-up runs
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch, capsys):
+    """``made.add(name, config, …)`` makes a run, ``made.said(name, …)`` is what compare prints."""
+    monkeypatch.chdir(tmp_path)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("x", artifact_location=(tmp_path / "artifacts").as_uri())
+
+    class Store:
+        def add(self, name, config=None, curves=(), params=(), tags=(), status="FINISHED", batches=None, metrics=()):
+            tags = {"countdown_kd.kind": "cell", **dict(tags)}
+            run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+            points = [Metric(key, value, 0, 0) for key, value in dict(metrics).items()]
+            for key, curve in dict(curves).items():
+                points += [Metric(f"train/{key}", value, 0, step) for step, value in curve.items()]
+            client.log_batch(run_id, metrics=points)
+            for key, value in dict(params).items():
+                client.log_param(run_id, key, value)
+            if config:
+                client.log_dict(run_id, config, "config/effective.yaml")
+            if batches:
+                client.log_dict(run_id, batches, "on_policy_draws.json")
+            client.set_terminated(run_id, status)
+            return run_id
+
+        def side(self, run_id, config=(("beta", 0),)):
+            return Side("", dict(config), client.get_run(run_id), client)
+
+        def said(self, *names, width=160, code=0):
+            monkeypatch.setenv("COLUMNS", str(width))
+            capsys.readouterr()
+            assert compare(lambda: (client, experiment), names, False) == code
+            return capsys.readouterr().out
+
+    store = Store()
+    store.client = client
+    return store
+
+
+def one_line(printed: str) -> str:
+    return " ".join(printed.split())
+
+
+def test_dtypes_as_loaded_and_keys_that_one_run_lacks_are_shown(made):
+    versions = {"torch": "2.13"}
+    made.add("a", {"student": {"dtypes": {"float32": 9}}, "versions": versions})
+    made.add("b", {"student": {"dtypes": {"bfloat16": 9}}, "versions": versions | {"flash-attn": "2.8"}})
+    said = made.said("a", "b")
+    assert re.search(r"student.dtypes +float32 +bfloat16", said) and re.search(r"versions.flash-attn +– +2.8", said)
+    assert "the same" not in said
+
+
+def test_a_run_without_a_config_is_said_to_have_none_and_not_to_be_the_same(made):
+    made.add("a", {"trainer": {"beta": 0}})
+    made.add("dead", status="FAILED")
+    said = made.said("a", "dead")
+    assert "has not finished (FAILED)" in said and "has no effective config" in said
+    assert "none to compare it with" in said and "are the same" not in said
+
+
+def test_what_a_run_has_not_recorded_is_no_difference(made):
+    curves = {"loss": {1: 1.0, 2: 2.0}}
+    made.add("a", {"x": 1}, curves, batches={"on_policy": [[True]] * 2, "batches": [[["p", "r"]]] * 2})
+    made.add("going", {"x": 1}, curves, status="RUNNING")
+    made.add("baseline", {"x": 1})
+    said = made.said("a", "going", "baseline")
+    assert re.search(r" 0 +\? +\? +\? +never +\? +\? +2\b", said) and "?: a run has not recorded it" in said
+    assert said.count("has logged no train/loss") == 1 and said.count("has no predictions") == 3
+
+
+def test_values_and_names_in_brackets_are_shown_as_they_are(made):
+    made.add("x[/y]", {"stop": "[/INST]", "pad": "[pad]"}, params={"k": "[a]"}, tags={"countdown_kd.state": "[/z]"})
+    made.add("b", {"stop": "[/s]", "pad": "[eos]"}, params={"k": "[/b]"}, status="FAILED")
+    said = made.said("x[/y]", "b")
+    assert all(word in said for word in ("[/INST]", "[pad]", "[eos]", "k=[a]", "k=[/b]"))
+    assert "no[/y]: no run by that id or name" in made.said("no[/y]", "b", code=2)
+
+
+def test_a_name_longer_than_a_files_may_be_is_a_name(made):
+    long = ",".join(f"trainer.key_{i}=1" for i in range(30))
+    made.add(long, {"x": 1})
+    made.add("b", {"x": 1})
+    assert "The configs are the same." in made.said(long, "b")
+
+
+def test_a_name_that_two_runs_have_is_refused_and_an_unknown_one_answered_with_near_ones(made):
+    ids = [made.add("twice", {"x": 1}) for _ in range(2)]
+    said = one_line(made.said("twice", "b", code=2))
+    assert "2 runs are called so" in said and all(run_id[:8] in said for run_id in ids)
+    said = one_line(made.said("twise", "b", code=2))
+    assert "Near: twice" in said and "mlflow.db" in said and "4 or more" in said
+
+
+def test_a_run_that_went_on_with_other_values_is_said_to(made):
+    run_id = made.add("a", {"threads": 2})
+    made.client.log_dict(run_id, {"threads": 2}, "config/effective_from_step_4.yaml")
+    made.client.log_dict(run_id, {"threads": 8}, "config/effective_from_step_12.yaml")
+    made.add("b", {"threads": 2})
+    assert "went on from a checkpoint with other values: threads: 2 → 8" in made.said("a", "b")
+
+
+def test_the_figure_belongs_to_the_sweep_that_was_named_also_where_its_cells_are_anothers(made):
+    first = made.add("first", tags={"countdown_kd.kind": "sweep"})
+    cells = [
+        made.add(name, {"x": 1}, params={"seed": name}, tags={tracking.PARENT_TAG: first, tracking.IDENTITY_TAG: name})
+        for name in "12"
+    ]
+    tags = {"countdown_kd.kind": "sweep", tracking.SHARED_TAG: " ".join(cells)}
+    second = made.add("second", tags=tags)
+    made.said("second")
+    assert not made.client.list_artifacts(first)
+    assert [each.path for each in made.client.list_artifacts(second)] == ["compare.png"]
+
+
+def test_repeats_are_told_apart_in_the_outcomes(made):
+    curves = {"loss": {1: 1.0}}
+    ids = [made.add(name, {"x": 1}, curves, {"precision": "fp32"}) for name in "ab"]
+    outcomes = made.said("a", "b").partition("Outcomes")[2]
+    assert all(run_id[:8] in outcomes for run_id in ids)
+
+
+def test_in_steps_of_both_kinds_each_kinds_own_loss_is_followed(made):
+    config, losses = {"x": 1}, {"loss": {1: 1.0, 2: 1.5, 3: 1.0}}
+    a = made.add("a", config, losses | {"on_policy_loss": {1: 1.0, 2: 2.0}, "off_policy_loss": {2: 1.0, 3: 1.0}})
+    losses = {"loss": {1: 1.0, 2: 1.6, 3: 1.0}}
+    b = made.add("b", config, losses | {"on_policy_loss": {1: 1.0, 2: 2.2}, "off_policy_loss": {2: 1.0001, 3: 1.0}})
+    part = parting(made.side(a), made.side(b), dict.fromkeys((1, 2, 3), 1e-6))
+    assert part.losses == {"all": 2, "on-policy": 2, "off-policy": None}, "0.0001 is how TRL rounds"
+
+
+def test_noise_is_what_repeats_of_the_same_config_and_code_have_parted_by_so_far(made):
+    tags, config = {tracking.IDENTITY_TAG: "i"}, {"beta": 0}
+
+    def add(losses, config=config):
+        return made.add("x", config, {"loss": dict(enumerate(losses, start=1))}, tags=tags)
+
+    one, same = add([1.0, 1.0, 1.0, 1.0]), add([1.0, 1.0, 2.0, 2.0])
+    add([9.0] * 4, {"beta": 0, "code": "other"})
+    sides = made.side(one), made.side(same)
+    noise, pairs = noise_of(*sides)
+    assert pairs == 0 and parting(*sides, noise).losses["all"] == 3, "they do not excuse themselves"
+    add([1.0, 1.1, 1.0, 1.0])
+    noise, pairs = noise_of(*(made.side(run_id) for run_id in (one, same)))
+    assert pairs == 2 and noise == pytest.approx({1: 1e-6, 2: 0.1 / 1.1, 3: 0.5, 4: 0.5})
+
+
+def test_of_many_sides_it_is_said_which_have_which_value(made):
+    assert by_value([1, 1, True, 2, 1]) == "1: 1–2, 5\nTrue: 3\n2: 4"
+    for i in range(12):
+        made.add(f"r{i}", {"optim": "adamw_torch" if i < 11 else "sgd"}, params={"seed": str(i)})
+    said = made.said(*(f"r{i}" for i in range(12)), width=80)
+    assert "adamw_torch: 1–11" in said and "sgd: 12" in said and "12  seed=11" in said
+
+
+def test_the_seconds_of_each_phase_stand_beside_the_outcomes(made):
+    for name in "ab":
+        made.add(name, {"x": 1}, params={"gen": name}, metrics={"perf/phase/generate_s": 0.61})
+    assert re.search(r"gen=a +0.61 +–", made.said("a", "b"))
+
+
+def test_files_are_compared_without_a_store(tmp_path):
+    for name, beta in (("a", 0), ("b", 1)):
+        (tmp_path / f"{name}.yaml").write_text(f"beta: {beta}")
+    launch = Launcher(tmp_path)
+    assert "beta" in command(launch, "a.yaml", "b.yaml").stdout
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,7 +418,8 @@ def test_the_key_that_differs_and_the_step_where_the_losses_part(runs):
     # The first update has warm-up's learning rate 0; from the second on the weights differ.
     assert (draws, puzzles) == ("never", "never") and int(loss) in (2, 3)
     assert rollouts == "never" or int(rollouts) >= int(loss)
-    assert "of 1 repeated runs" in result.stdout and "--all" in result.stdout
+    assert re.search(r"learning_rate=1e-4 +\S+ +1 ", result.stdout), "one pair of repeats"
+    assert "--all" in result.stdout
     assert "output_dir" in command(launch, one, other, "--all").stdout
 
 
