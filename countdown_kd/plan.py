@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from rich import box
@@ -43,6 +45,9 @@ def show_plan(cells: list[DictConfig], config: DictConfig) -> None:
     if "submitit" in config.hydra.launcher._target_ or "Slurm" in config.hydra.launcher._target_:
         from countdown_kd.slurm import script
 
+        if not shutil.which("srun"):
+            print("\nThe sbatch script is made on a login node of the cluster: there is no srun here")
+            return
         console.print("\nTo be submitted with sbatch:\n", style="bold")
         print(script(config, max(left, 1)))
 
