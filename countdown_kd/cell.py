@@ -77,6 +77,7 @@ class Cell:
         """Start the cell's process, which ignores some signals. It dies with us, whatever we die of."""
         for file in (STOP_FILE, STOPPED_FILE):
             (self.folder / file).unlink(missing_ok=True)
+        self.store.set_tag(self.run_id, tracking.STATE_TAG, "running")
         self.store.update_run(self.run_id, status="RUNNING")
         environment = os.environ | self.environment | {"MLFLOW_RUN_ID": self.run_id}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(self.code), environment.get("PYTHONPATH")]))
@@ -166,7 +167,7 @@ def standing(client: MlflowClient, experiment_id: str, cfg: DictConfig) -> Stand
     if _job(run):
         if run.info.status in ("SCHEDULED", "RUNNING"):  # slurm.refresh has asked Slurm
             found.what = "active"
-    elif found.folder and _locked(found.folder):
+    elif found.folder and locked(found.folder):
         found.what = "active"
     return found
 
@@ -221,7 +222,8 @@ def lock(folder: Path) -> Iterator[bool]:
         yield free
 
 
-def _locked(folder: Path) -> bool:
+def locked(folder: Path) -> bool:
+    """Whether a process holds the folder."""
     with lock(folder) as free:
         return not free
 
@@ -247,13 +249,13 @@ def prepare(cfg: DictConfig, hydra: DictConfig, found: Standing) -> Cell:
         if found.run.data.tags.get(tracking.CODE_TAG) != code.name:
             log.warning("%s goes on with other code than it was started with (now commit %s)", cell_name(hydra), commit)
             client.set_tag(run_id, "countdown_kd.resumed_with_code", f"{code.name} {commit}")
-        client.update_run(run_id, status="SCHEDULED")
         client.set_tag(run_id, tracking.STATE_TAG, "pending")
         client.set_tag(run_id, tracking.TIMEOUTS_TAG, "0")
         if _job(found.run):
             client.delete_tag(run_id, tracking.JOB_TAG)  # that job is over
         if os.environ.get(tracking.SWEEP_RUN_ID):
             client.set_tag(run_id, tracking.PARENT_TAG, os.environ[tracking.SWEEP_RUN_ID])
+        client.update_run(run_id, status="SCHEDULED")
     else:
         tags = {
             tracking.IDENTITY_TAG: found.identity,

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,7 @@ from importlib import metadata
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from omegaconf import DictConfig, OmegaConf
@@ -41,16 +40,12 @@ from rich.text import Text
 from countdown_kd import slurm
 from countdown_kd.config import ROOT
 from countdown_kd.slurm import minutes
-from countdown_kd.tracking import open_store
+from countdown_kd.tracking import IMPATIENT, SERVER, open_store, within, without_password
 
 GOOD, BAD, OPEN = "✓", "✗", "–"  # there; missing; not applicable, or not to be told
 STYLES = {GOOD: "green", BAD: "bold red", OPEN: "dim"}
 # Of the probe job, by phase. Once it is done: NFS can take half a minute to show a new file.
 LIMITS_S = {"in the queue": 120, "running": 240, "done": 60, "ended": 15}
-SERVER = (
-    "a cluster wants `mlflow server --host 0.0.0.0` on a machine that its nodes reach, and "
-    "MLFLOW_TRACKING_URI=http://THAT-MACHINE:5000"
-)
 
 
 class Line(NamedTuple):
@@ -65,9 +60,9 @@ Say = Callable[[str], None]  # shows beside the spinner what is going on
 
 def examine(cfg: DictConfig) -> int:
     """Print what is there for a sweep with this config; returns 0 where nothing is missing, else 1."""
-    # Jobs inherit the store's address: it may hold a password, so it is in no file. The limits are MLflow's own.
+    # Jobs inherit the store's address: it may hold a password, so it is in no file.
     os.environ["MLFLOW_TRACKING_URI"] = cfg.tracking.uri
-    os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    os.environ |= IMPATIENT
     logging.disable()  # libraries warn of every attempt that fails
     console, missing = Console(highlight=False), 0
     try:
@@ -145,7 +140,9 @@ def store(cfg: DictConfig, say: Say) -> Iterator[Line]:
     try:
         within(60, open_store, cfg.tracking)
     except Exception as error:
-        yield Line(BAD, what, f"{uri}: {reason(error)}", "MLFLOW_TRACKING_URI must be a store that answers")
+        yield Line(
+            BAD, what, f"{uri}: {reason(error.__cause__ or error)}", "MLFLOW_TRACKING_URI must be a store that answers"
+        )
         return
     network = uri.startswith("sqlite:") and network_file_system(database(uri))
     if network:
@@ -460,25 +457,6 @@ def gpus_in_job(asked: int, visible: str | None, code: int, out: str, err: str) 
 # Time limits, and words
 
 
-def within(seconds: float, function: Callable, *arguments: Any, **named: Any) -> Any:
-    """What a function returns; TimeoutError where it takes longer. A thread, as no signal ends a call into C."""
-    outcome = []
-
-    def work() -> None:
-        try:
-            outcome.append((function(*arguments, **named), None))
-        except Exception as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    value, error = outcome[0] if outcome else (None, TimeoutError(f"no answer within {seconds} seconds"))
-    if error:
-        raise error
-    return value
-
-
 def told(*command: str, seconds: float = 30) -> tuple[int, str, str]:
     """Exit code, output and errors of a command, which need not exist or answer."""
     try:
@@ -508,10 +486,4 @@ def count(names: Iterable[str]) -> str:
 
 
 def masked(text: str) -> str:
-    """Without the user and password in the MLflow store's address."""
-    found = re.match(r"[\w+.-]+://([^/].*)@", os.environ.get("MLFLOW_TRACKING_URI", ""))
-    user = found[1] if found else ""
-    password = user.partition(":")[2]
-    for secret in filter(None, (user, password, unquote(password))):
-        text = text.replace(secret, "***")
-    return text
+    return without_password(text, os.environ.get("MLFLOW_TRACKING_URI", ""))

@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 from hydra.core.config_loader import ConfigLoader
@@ -48,47 +49,63 @@ def launch(
 
     Ctrl-C leaves the jobs running and raises SystemExit; a second one within five seconds cancels them.
     """
-    from submitit.core.utils import FailedJobError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    from countdown_kd.status import follow
-
-    if not shutil.which("sbatch"):
-        print("hydra/launcher=slurm: there is no sbatch here. Call it on a login node of the cluster", file=sys.stderr)
+    if missing := [program for program in ("sbatch", "srun") if not shutil.which(program)]:
+        absent = f"there is no {' and no '.join(missing)} here"
+        print(f"hydra/launcher=slurm: {absent}. Call it on a login node of the cluster", file=sys.stderr)
         raise SystemExit(2)
+    one_task(params)
     client, experiment_id = tracking.open_store(config.tracking)
     composed = [loader.load_sweep_config(config, list(overrides)) for overrides in job_overrides]
     if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):  # whose cells were checked before
         for cfg in composed:
             validate(cfg)
+    ranks, gpus = {cfg.dist.nproc_per_node for cfg in composed} - {"gpu"}, params.get("gpus_per_node")
+    if gpus and max(ranks, default=1) > gpus:
+        log.warning(
+            "dist.nproc_per_node=%s: a job has %s GPU, which its ranks would share. One rank a GPU: "
+            "hydra.launcher.gpus_per_node=%s", max(ranks), gpus, max(ranks),
+        )  # fmt: skip
     run_ids: dict[str, str] = {}  # by identity: a cell that is asked for twice runs once
     identities, cells = [], []
-    for number, (cfg, found) in enumerate(
-        zip(composed, standings(client, experiment_id, composed), strict=True), initial_job_idx
-    ):
-        identities.append(found.identity)
-        if found.what in ("done", "active"):
-            run_ids[found.identity] = found.run.info.run_id
-        if found.identity in run_ids:
-            continue
-        with read_write(cfg.hydra), read_write(cfg.hydra.runtime), open_dict(cfg.hydra):
-            cfg.hydra.job.num = number
-            cfg.hydra.job.id = str(number)
-            cfg.hydra.runtime.output_dir = os.path.abspath(os.path.join(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir))
-        HydraConfig.instance().cfg = cfg  # for ${hydra:…} in a config
-        cells.append(prepare(cfg, cfg.hydra, found))
-        run_ids[found.identity] = cells[-1].run_id
     try:
-        jobs = submit(params, cells)
-    except (FailedJobError, RuntimeError) as error:
-        for cell in cells:
-            tracking.end_run(client, cell.run_id, "KILLED", "never started")
-        print(f"\nSlurm did not take the cells: {error}", file=sys.stderr)
+        for number, (cfg, found) in enumerate(
+            zip(composed, standings(client, experiment_id, composed), strict=True), initial_job_idx
+        ):
+            identities.append(found.identity)
+            if found.what in ("done", "active"):
+                run_ids[found.identity] = found.run.info.run_id
+            if found.identity in run_ids:
+                continue
+            with read_write(cfg.hydra), read_write(cfg.hydra.runtime), open_dict(cfg.hydra):
+                cfg.hydra.job.num = number
+                cfg.hydra.job.id = str(number)
+                folder = os.path.join(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir)
+                cfg.hydra.runtime.output_dir = os.path.abspath(folder)
+            HydraConfig.instance().cfg = cfg  # for ${hydra:…} in a config
+            cells.append(prepare(cfg, cfg.hydra, found))
+            run_ids[found.identity] = cells[-1].run_id
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # in between, it would leave jobs that nobody knows of
+        try:
+            for cell, job_id in zip(cells, submit(params, cells), strict=True):
+                client.set_tag(cell.run_id, tracking.JOB_TAG, job_id)
+        finally:
+            signal.signal(signal.SIGINT, before)
+    except BaseException as error:
+        for run in tracking.cells_of(client, os.environ[tracking.SWEEP_RUN_ID]):
+            if run.data.tags.get(tracking.STATE_TAG) == "pending" and tracking.JOB_TAG not in run.data.tags:
+                tracking.end_run(client, run.info.run_id, "KILLED", "never started")
+        if not isinstance(error, (FailedJobError, FailedSubmissionError)):
+            raise
+        print(
+            f"\nSlurm did not take the cells: {error}\n"
+            "Keys hydra.launcher.* are its options; python -m countdown_kd doctor hydra/launcher=slurm looks at them",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
-    for cell, job_id in zip(cells, jobs, strict=True):
-        client.set_tag(cell.run_id, tracking.JOB_TAG, job_id)
     try:
-        follow(client, list(run_ids.values()))
-        wait_to_leave(jobs)
+        see_out(client, list(run_ids.values()))
     except KeyboardInterrupt:
         leave_or_cancel(client, list(run_ids.values()))
 
@@ -104,6 +121,35 @@ def launch(
     return returns
 
 
+def one_task(params: dict[str, Any]) -> None:
+    """Exit where a job would run its cell more than once."""
+    for key in ("nodes", "tasks_per_node"):
+        if (params.get(key) or 1) > 1:
+            print(
+                f"hydra.launcher.{key}={params[key]}: every task of a job would run the same cell. It must be 1; "
+                "dist=ddp starts the ranks of a cell, one a GPU, inside one task",
+                file=sys.stderr,
+            )
+            raise SystemExit(2)
+
+
+def see_out(client: MlflowClient, run_ids: Sequence[str]) -> None:
+    """Follow the cells until Slurm has let go of their jobs: a cell's own last word may not be the job's."""
+    from countdown_kd.status import GOING_ON, follow, look
+
+    while True:
+        follow(client, run_ids)
+        wait_to_leave(jobs_of(client.get_run(run_id) for run_id in run_ids))
+        runs, _ = look(client, run_ids)
+        if not any(run.info.status in GOING_ON for run in runs):
+            return
+
+
+def jobs_of(runs: Iterable[Run]) -> list[str]:
+    """The ids of the runs' jobs; a cell that runs without Slurm has none."""
+    return [run.data.tags[tracking.JOB_TAG] for run in runs if tracking.JOB_TAG in run.data.tags]
+
+
 def wait_to_leave(jobs: Sequence[str], patience_s: float = 60) -> None:
     """Cells close their runs a moment before Slurm closes their jobs: wait, so that both say the same."""
     deadline = time.time() + patience_s
@@ -113,17 +159,16 @@ def wait_to_leave(jobs: Sequence[str], patience_s: float = 60) -> None:
 
 def leave_or_cancel(client: MlflowClient, run_ids: Sequence[str]) -> None:
     """After Ctrl-C: leave (SystemExit), or cancel where there is another within five seconds."""
-    from countdown_kd.status import GOING_ON, follow
+    from countdown_kd.status import GOING_ON
 
     runs = [client.get_run(run_id) for run_id in run_ids]
-    jobs = [run.data.tags[tracking.JOB_TAG] for run in runs if run.info.status in GOING_ON]
+    jobs = jobs_of(run for run in runs if run.info.status in GOING_ON)
     print("\nThe jobs go on. Ctrl-C again within 5 seconds cancels them.", flush=True)
     try:
         time.sleep(5)
     except KeyboardInterrupt:
         subprocess.run(["scancel", *jobs], check=False)
-        follow(client, run_ids)
-        wait_to_leave(jobs)
+        see_out(client, run_ids)
     else:
         print(f"Look at them with: {sys.executable} -m countdown_kd status")
         print("Cancel them with:  scancel", *parents(jobs))
@@ -154,7 +199,9 @@ def executor(params: dict[str, Any], folder: Path, code: Path | str):
     given = {key: value for key, value in params.items() if key not in ours and value is not None}
     path = f'export PYTHONSAFEPATH=1 PYTHONPATH="{code}"${{PYTHONPATH:+:$PYTHONPATH}}'  # not the current folder first
     given["setup"] = [*given.get("setup", []), path]
-    auto = submitit.AutoExecutor(folder=folder, cluster="slurm")
+    # Python takes seconds to reach the handlers of Job.run, and would die of what it is told before: of USR2 for good.
+    python = """sh -c 'trap "" USR2 TERM; exec "$@"' sh """ + shlex.quote(sys.executable)
+    auto = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_python=python)
     auto.update_parameters(**{key if key in base else f"slurm_{key}": value for key, value in given.items()})
     return auto
 
@@ -191,6 +238,11 @@ class Job:
         """Ends with the exit code of the cell's process, so that Slurm calls a failed cell FAILED."""
         import submitit
 
+        # Submitit's own handlers requeue at once; the ranks would not have saved anything yet. And under a job limit of
+        # ten minutes it takes every preemption for a time-out.
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self.receive)
+        signal.signal(signal.SIGCONT, signal.SIG_IGN)
         logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
         job_id = submitit.JobEnvironment().job_id
         self.check_store()
@@ -199,16 +251,14 @@ class Job:
             if not free:
                 sys.exit(f"{self.cell.name} is running already, in {self.cell.folder}")
             self.cell.store.set_tag(self.cell.run_id, tracking.JOB_TAG, job_id)
-            self.cell.store.set_tag(self.cell.run_id, tracking.STATE_TAG, "running")
-            # Submitit's own handlers requeue at once; the ranks would not have saved anything yet. And under a job
-            # limit of ten minutes it takes every preemption for a time-out.
-            for number in (signal.SIGUSR2, signal.SIGTERM):
-                signal.signal(number, self.receive)
-            signal.signal(signal.SIGCONT, signal.SIG_IGN)
+            if self.received:
+                self.interrupted(job_id)
             os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds between two states of a progress bar in the log
             process = self.cell.start(ignore=(signal.SIGUSR2, signal.SIGTERM))
             while process.poll() is None:
                 time.sleep(0.5)
+                if self.received:
+                    self.cell.ask_to_stop()  # again: what was asked while the cell started is forgotten
                 if self.received and time.time() - min(self.received.values()) > self.patience_s:
                     log.warning("no checkpoint in time: killing the cell")
                     os.killpg(process.pid, signal.SIGKILL)
@@ -228,8 +278,11 @@ class Job:
     def patience_s(self) -> float:
         return max(20, self.signal_delay_s - 30)
 
-    def interrupted(self, job_id: str) -> None:
-        """The cell has stopped because Slurm asked for it: queue it again where that is wanted; wait for the end."""
+    def interrupted(self, job_id: str) -> NoReturn:
+        """The cell has stopped because Slurm asked for it: queue it again where that is wanted; wait for the end.
+
+        Slurm's word for the end counts (``verdict``), so the run stays open until there is one.
+        """
         ran_s, limit_s = _times(job_id)
         out_of_time = limit_s - ran_s < self.signal_delay_s + 60  # Slurm may be a minute early
         store, run_id = self.cell.store, self.cell.run_id
@@ -237,25 +290,30 @@ class Job:
         store.set_tag(run_id, tracking.TIMEOUTS_TAG, str(timeouts))
         state = "timed out" if out_of_time else "preempted"
         if signal.SIGUSR2 not in self.received:
-            tracking.end_run(store, run_id, "KILLED", "stopped")
+            store.set_tag(run_id, tracking.STATE_TAG, "stopped")  # cancelled or preempted: SIGTERM does not tell
         elif out_of_time and timeouts > self.max_num_timeout:
-            tracking.end_run(store, run_id, "KILLED", state)
+            store.set_tag(run_id, tracking.STATE_TAG, state)
         else:
             log.info("%s: goes on from its checkpoint", state)
             store.set_tag(run_id, tracking.STATE_TAG, f"{state}, goes on")
             store.update_run(run_id, status="SCHEDULED")
-            subprocess.run(["scontrol", "requeue", job_id], check=False)
+            done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
+            if done.returncode:
+                why = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+                log.error("Slurm does not queue it again: %s", why)
+                store.set_tag(run_id, tracking.STATE_TAG, f"{state}; Slurm does not queue it again: {why}")
+                store.update_run(run_id, status="RUNNING")
         # The end is left to Slurm, so that it calls it what it was: TIMEOUT, CANCELLED, PREEMPTED.
-        time.sleep(600)
+        time.sleep(max(600, limit_s - ran_s + 300 if out_of_time else 0))
+        sys.exit(128 + signal.SIGTERM)  # it did not: no job that stopped halfway is COMPLETED
 
     def check_store(self) -> None:
         """Exit with what to do where this node does not reach the MLflow store, before anything is loaded."""
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             sys.exit("MLFLOW_TRACKING_URI is not set in the job: is sbatch given --export=NONE?")
-        impatient = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
         try:
-            with mock.patch.dict(os.environ, impatient):
+            with mock.patch.dict(os.environ, tracking.IMPATIENT):
                 self.cell.store.get_run(self.cell.run_id)
         except Exception as error:
             sys.exit(
@@ -279,6 +337,7 @@ ENDED = {
     "BOOT_FAIL": "node failed",
     "CANCELLED": "cancelled",
 }
+NOBODY = "nobody"  # instead of a program's name: Slurm is not here, or its daemons do not answer
 
 
 @dataclass
@@ -299,7 +358,9 @@ def refresh(client: MlflowClient, runs: Sequence[Run]) -> str:
     jobs = {run.data.tags[tracking.JOB_TAG]: run for run in runs if run.info.status != "FINISHED"}
     told, source = ask(list(jobs))
     for job_id, run in jobs.items():
-        status, state = verdict(run, told.get(job_id))
+        if job_id not in told:
+            continue  # no answer: what was known last
+        status, state = verdict(run, told[job_id])
         if (status, state) == (run.info.status, run.data.tags.get(tracking.STATE_TAG)):
             continue
         if client.get_run(run.info.run_id).info.status != run.info.status:
@@ -316,83 +377,105 @@ def verdict(run: Run, told: Told | None) -> tuple[str, str]:
     """MLflow's status and a person's word for a run, by what Slurm says of its job and what the job itself said."""
     status, state = run.info.status, run.data.tags.get(tracking.STATE_TAG, "")
     closed = status in ("FAILED", "KILLED")
+    goes_on = state.endswith("goes on")
+    begun = not state.startswith(("pending", "starting", "never started"))
+    stopped = not goes_on and state.startswith(("stopped", "timed out", "preempted"))  # its job waits to be ended
     if told is None:  # neither in the queue nor in any memory of Slurm's
-        return (status, state) if closed else ("KILLED", "gone: Slurm does not know its job any more")
+        if closed or stopped:
+            return status if closed else "KILLED", state
+        return "KILLED", "gone: Slurm does not know its job any more"
     if told.state in PENDING:
-        return "SCHEDULED", state if "goes on" in state else f"pending ({told.reason})" if told.reason else "pending"
+        if goes_on or (stopped and not closed):
+            return "SCHEDULED", state if goes_on else f"{state}, goes on"
+        return "SCHEDULED", f"pending ({told.reason})" if told.reason else "pending"
     if told.state in RUNNING:
         # Between a cell's end and its job's, the job's own word counts.
-        return (status, state) if closed or "goes on" in state else ("RUNNING", "running")
-    if told.state == "CANCELLED" and not told.ran:
+        return (status, state) if closed or goes_on else ("RUNNING", state if begun else "starting")
+    if told.state == "CANCELLED" and not told.ran and not begun:
         return "KILLED", "never started"
     if told.state in ENDED:
-        return "KILLED", ENDED[told.state]
+        word = ENDED[told.state]
+        return "KILLED", state if stopped and state.startswith(word) else word
     if closed:
         return status, state
-    code, number = (int(part or 0) for part in told.exit_code.split(":"))
-    # A job of ours that was not killed ends with 1 or 2. srun makes 128 + N of signal N, and sacct N of that.
-    number = number or (code - 128 if code > 128 else code if code > 2 else 0)
-    if number:
+    if stopped:
+        return "KILLED", state
+    code, number = (int(part or 0) for part in (told.exit_code or "0:0").split(":"))
+    # A job of ours that was not killed ends with 1 or 2. srun makes 128 + N of signal N, and sacct N of that. Before
+    # the cell has begun, a small number is an exit code of a setup line.
+    number = number or (code - 128 if code > 128 else code if 2 < code <= 64 and begun else 0)
+    if number in set(signal.Signals):
         return "KILLED", f"killed by {signal.Signals(number).name}"
-    return "FAILED", f"failed (exit code {code})"
+    return "FAILED", f"{'failed' if begun else 'never started'} (exit code {told.exit_code.removesuffix(':0')})"
 
 
-def ask(jobs: Sequence[str]) -> tuple[dict[str, Told], str]:
-    """What Slurm tells of the jobs, and which of its programs does.
+def ask(jobs: Sequence[str]) -> tuple[dict[str, Told | None], str]:
+    """What Slurm tells of the jobs, and which of its programs does, or NOBODY. None: a job that it does not know;
+    one of which nobody tells anything, not even that, is left out.
 
     The queue knows what waits and runs; the accounting what has ended, or, on a cluster without one, for some minutes
     the controller.
     """
-    told: dict[str, Told] = {}
+    told: dict[str, Told | None] = {}
     if not jobs:
         return told, ""
     ids = ",".join(parents(jobs))
-    for line in _lines("squeue", "-h", "-r", "-j", ids, "-o", "%i|%T|%r"):
+    queue = _lines("squeue", "-h", "-r", "-j", ids, "-o", "%i|%T|%r")
+    for line in queue or ():
         job_id, state, reason = line.split("|")
         told[job_id] = Told(state, reason="" if reason == "None" else reason)
     if all(job in told for job in jobs):
         return told, "squeue"
     ended = _accounted(ids)
-    source = "sacct" if ended else "scontrol"
-    if any(job not in told and job not in ended for job in jobs):
+    source = "scontrol" if ended is None else "sacct"
+    told = (ended or {}) | told
+    if any(job not in told for job in jobs):
         # Accounting that has just come back knows nothing yet.
-        ended = _controlled(jobs) | ended
-    return ended | told, source if ended else ""
+        controlled = _controlled(jobs)
+        told = (controlled or {}) | told
+        if queue is not None and controlled is not None:
+            told = dict.fromkeys(jobs) | told
+    return told, source if all(job in told for job in jobs) else NOBODY
 
 
-def _accounted(ids: str) -> dict[str, Told]:
+def _accounted(ids: str) -> dict[str, Told] | None:
     from submitit.slurm.slurm import SlurmInfoWatcher
 
-    output = "\n".join(_lines("sacct", "-X", "-P", "-j", ids, "-o", "JobID,State,ExitCode,Start"))
-    rows = SlurmInfoWatcher(delay_s=1).read_info(output) if output else {}
+    lines = _lines("sacct", "-X", "-P", "-j", ids, "-o", "JobID,State,ExitCode,Start")
+    if lines is None:
+        return None
+    rows = SlurmInfoWatcher(delay_s=1).read_info("\n".join(lines)) if lines else {}
     return {
         job: Told(row["State"].split()[0], row["ExitCode"], ran=row["Start"] not in ("Unknown", "None", ""))
         for job, row in rows.items()
     }
 
 
-def _controlled(jobs: Sequence[str]) -> dict[str, Told]:
+def _controlled(jobs: Sequence[str]) -> dict[str, Told] | None:
     told = {}
     for parent in parents(jobs):
-        for job in _controller(parent):
+        records = _controller(parent)
+        if records is None:
+            return None
+        for job in records:
             job_id = f"{job['ArrayJobId']}_{job['ArrayTaskId']}" if "ArrayTaskId" in job else job["JobId"]
             ran = job["RunTime"] != "00:00:00"
             told[job_id] = Told(job["JobState"], job["ExitCode"], ran=ran)
     return told
 
 
-def _controller(job_id: str) -> list[dict[str, str]]:
-    """The controller's record of a job, or of every task of an array."""
+def _controller(job_id: str) -> list[dict[str, str]] | None:
+    """The controller's record of a job, or of every task of an array; None where it does not answer."""
     lines = _lines("scontrol", "-o", "show", "job", job_id)
-    return [dict(part.partition("=")[::2] for part in line.split()) for line in lines]
+    return lines and [dict(part.partition("=")[::2] for part in line.split()) for line in lines]
 
 
 def _times(job_id: str) -> tuple[float, float]:
     """How long a job has run and how long it may run, in seconds. (Its EndTime also moves when it is preempted.)"""
     try:
-        job = _controller(job_id)[0]
+        job = (_controller(job_id) or [{}])[0]
         return 60 * minutes(job["RunTime"]), 60 * minutes(job["TimeLimit"])
-    except (IndexError, KeyError):
+    except KeyError:
         return 0, float("inf")
 
 
@@ -405,10 +488,12 @@ def minutes(limit: str) -> float:
     return int(days or 0) * 1440 + sum(part * 60**power for power, part in enumerate(reversed(parts))) / 60
 
 
-def _lines(*command: str) -> list[str]:
-    """A command's output; nothing where it fails or does not exist."""
+def _lines(*command: str) -> list[str] | None:
+    """A command's output; None where it does not exist, fails or hangs, which says nothing about any job."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return []
+        return None
+    if result.returncode and "Invalid job id" not in result.stderr:  # which is an answer: it is forgotten
+        return None
     return [line for line in result.stdout.splitlines() if line.strip()]

@@ -14,18 +14,22 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
 from countdown_kd import tracking
-from countdown_kd.slurm import refresh
+from countdown_kd.cell import locked
+from countdown_kd.slurm import NOBODY, refresh
 from countdown_kd.summary import cell_label, log_of, state_of, swept_params
 from countdown_kd.sweep import close_sweep
 
 POLL_S = 5  # Slurm's controllers do not like to be asked more often
 GOING_ON = ("SCHEDULED", "RUNNING")
-NO_ACCOUNTING = "sacct does not answer: what became of a job is what Slurm's controller still remembers\n"
+SOURCES = {  # what slurm.refresh goes by, where that has to be said
+    "scontrol": "sacct does not answer: what became of a job is what Slurm's controller still remembers\n",
+    NOBODY: "Slurm does not answer here: states are the last known\n",
+}
 STYLES = {"RUNNING": "bold", "FAILED": "red", "KILLED": "red", "SCHEDULED": "dim", "FINISHED": "green"}
 
 
@@ -33,11 +37,15 @@ def follow(client: MlflowClient, run_ids: Sequence[str]) -> None:
     """Show the cells until every one has ended: a live table, or, where nobody looks, a line for every change."""
     console = Console()
     before: dict[str, str] = {}
+    said = ""
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
             runs, source = look(client, run_ids)
             if console.is_terminal:
-                live.update(status_table(client, runs), refresh=True)
+                live.update(Group(status_table(client, runs), SOURCES.get(source, "")), refresh=True)
+            elif source != said:
+                print(SOURCES.get(source, ""), end="", flush=True)
+            said = source
             for run in runs:
                 state = state_of(run)
                 if not console.is_terminal and before.get(run.info.run_id) != state:
@@ -47,12 +55,20 @@ def follow(client: MlflowClient, run_ids: Sequence[str]) -> None:
             if not any(run.info.status in GOING_ON for run in runs):
                 break
             time.sleep(POLL_S)
-    print(NO_ACCOUNTING if source == "scontrol" else "", end="")
 
 
 def look(client: MlflowClient, run_ids: Sequence[str]) -> tuple[list[Run], str]:
-    """The runs, after asking Slurm about those that have not finished, and what it goes by."""
+    """The runs, after asking Slurm about those that have not finished, and what it goes by.
+
+    One that is said to run here, and whose folder nobody holds, is closed: it died with who had started it.
+    """
     source = ""
+    runs = [client.get_run(run_id) for run_id in run_ids]
+    for run in runs:
+        folder = Path(run.data.tags.get(tracking.FOLDER_TAG, "nowhere"))
+        if run.info.status in GOING_ON and tracking.JOB_TAG not in run.data.tags and folder.is_dir():
+            if not locked(folder):
+                tracking.end_run(client, run.info.run_id, "KILLED", "killed")
     runs = [client.get_run(run_id) for run_id in run_ids]
     unfinished = [run for run in runs if run.info.status != "FINISHED" and tracking.JOB_TAG in run.data.tags]
     if unfinished:
@@ -112,6 +128,14 @@ def status(client: MlflowClient, experiment_id: str, sweep: str | None, live: bo
     runs, source = look(client, run_ids)
     print(f"sweep {parent.info.run_id[:8]}: {parent.info.run_name}\n")
     Console().print(status_table(client, runs))
-    print(NO_ACCOUNTING if source == "scontrol" else "", end="")
-    close_sweep(client, parent.info.run_id, runs)
-    return int(any(run.info.status != "FINISHED" for run in runs))
+    print(SOURCES.get(source, ""), end="")
+
+    total = int(parent.data.tags.get(tracking.CELLS_TAG, 0))  # none: another sweeper's are not known beforehand
+    never = max(0, total - len(runs))
+    folder = Path(parent.data.tags.get(tracking.FOLDER_TAG, "nowhere"))
+    launching = locked(folder) if folder.is_dir() else never > 0  # elsewhere: not to be told
+    if never:
+        print(f"{never} of {total} cells {'have not started yet' if launching else 'never started'}")
+    if not launching:
+        close_sweep(client, parent.info.run_id, runs, complete=never == 0)
+    return int(never > 0 or any(run.info.status != "FINISHED" for run in runs))

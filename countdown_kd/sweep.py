@@ -71,7 +71,7 @@ class SweepCallback(Callback):
         check(cells, composed)
 
         from countdown_kd import tracking
-        from countdown_kd.cell import CODE, look_up_once, snapshot, standings
+        from countdown_kd.cell import CODE, lock, look_up_once, snapshot, standings
 
         self.uri = config.tracking.uri
         self.client, experiment_id = tracking.open_store(config.tracking)
@@ -91,8 +91,12 @@ class SweepCallback(Callback):
             self.run_id = earlier.info.run_id
         else:
             swept = [o for o in overrides_of(config) if not o.lstrip("+~").startswith(("hydra", "tracking.", "force"))]
-            tags = {tracking.IDENTITY_TAG: key, tracking.FOLDER_TAG: str(self.folder)} if composed else {}
+            tags = {tracking.FOLDER_TAG: str(self.folder)} | ({tracking.IDENTITY_TAG: key} if composed else {})
             self.run_id = tracking.start_run(self.client, experiment_id, " ".join(swept) or "sweep", "sweep", tags=tags)
+        self.client.set_tag(self.run_id, tracking.CELLS_TAG, str(len(self.identities)))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.held = lock(self.folder)  # as long as we live: status tells by it whether more cells are to come
+        self.held.__enter__()
         self.client.update_run(self.run_id, status="RUNNING")
         done = {cell.run.info.run_id: cell.run for cell in found if cell.what in ("done", "active")}
         shared = [key for key, run in done.items() if run.data.tags.get(tracking.PARENT_TAG) != self.run_id]
@@ -145,8 +149,13 @@ def close_sweep(client, run_id: str, cells: Sequence, complete: bool = True) -> 
 
 def loudly(function: Any, config: DictConfig) -> None:
     """Hydra turns what a callback raises into a warning and goes on; here it ends the program."""
+    from countdown_kd.tracking import StoreError
+
     try:
         function(config)
+    except StoreError as error:
+        print(f"\nNothing was started: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except Exception:
         traceback.print_exc()
         raise SystemExit(1) from None

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
+from unittest import mock
+from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.entities import Param, Run, ViewType
@@ -31,25 +36,46 @@ STATE_TAG = "countdown_kd.state"  # what became of a run, in a person's words
 CODE_TAG = "countdown_kd.code"  # the hash of the code that a cell was started with
 JOB_TAG = "countdown_kd.slurm_job"
 TIMEOUTS_TAG = "countdown_kd.timeouts"  # how often a job has hit its time limit since the cell was submitted
+CELLS_TAG = "countdown_kd.cells"  # of a sweep: how many it has, also those that have not started
 SHARED_TAG = "countdown_kd.shared_cells"  # of a sweep: runs that another sweep had finished before
+
+# Environment: MLflow's own limits, which are minutes where nobody answers.
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+SERVER = (
+    "a cluster wants `mlflow server --host 0.0.0.0` on a machine that its nodes reach, and "
+    "MLFLOW_TRACKING_URI=http://THAT-MACHINE:5000"
+)
 
 # A new SQLite store is built by dozens of migrations, each with a line of its own.
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 
 
+class StoreError(RuntimeError):
+    """The MLflow store does not answer; the message says what to do."""
+
+
 def open_store(tracking: DictConfig) -> tuple[MlflowClient, str]:
     """A client and the experiment's id; store and experiment are made if need be.
 
-    Call it before any job starts: SQLite is not protected against being created twice at once.
+    Call it before any job starts: SQLite is not protected against being created twice at once. Raises StoreError where
+    there is no answer within a minute.
     """
     return _open(tracking.uri, tracking.experiment)
 
 
 @cache
 def _open(uri: str, name: str) -> tuple[MlflowClient, str]:
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name(name)
+    try:
+        with mock.patch.dict(os.environ, IMPATIENT):
+            client = within(60, MlflowClient, uri)
+            experiment = within(60, client.get_experiment_by_name, name)
+    except Exception as error:
+        told = without_password(f"{uri} does not answer: {error}", uri)
+        raise StoreError(
+            f"the MLflow store {told}\nCells write to it while they run. Set MLFLOW_TRACKING_URI (or tracking.uri) to "
+            f"one that answers; {SERVER}"
+        ) from error
     if experiment is None:
         # Without a location MLflow would put the artifacts of a local store below the current folder.
         location = None
@@ -132,3 +158,32 @@ def ui_command(uri: str) -> str:
     beside = Path(sys.executable).with_name("mlflow")
     program = "mlflow" if shutil.which("mlflow") or not beside.exists() else str(beside)
     return f"{program} ui --backend-store-uri {uri}"
+
+
+def without_password(text: str, uri: str) -> str:
+    """A text without the user and password in a store's address."""
+    found = re.match(r"[\w+.-]+://([^/].*)@", uri)
+    user = found[1] if found else ""
+    password = user.partition(":")[2]
+    for secret in filter(None, (user, password, unquote(password))):
+        text = text.replace(secret, "***")
+    return text
+
+
+def within(seconds: float, function: Callable, *arguments: Any, **named: Any) -> Any:
+    """What a function returns; TimeoutError where it takes longer. A thread, as no signal ends a call into C."""
+    outcome = []
+
+    def work() -> None:
+        try:
+            outcome.append((function(*arguments, **named), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    value, error = outcome[0] if outcome else (None, TimeoutError(f"no answer within {seconds} seconds"))
+    if error:
+        raise error
+    return value

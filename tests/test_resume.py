@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -108,6 +110,33 @@ def test_a_cell_that_runs_is_not_started_again(launch):
     assert second.returncode == 1 and "is running already" in second.stderr
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def test_status_tells_a_sweep_that_runs_here_from_one_whose_launcher_died(launch):
+    def status():
+        environment = os.environ | {"MLFLOW_TRACKING_URI": launch.uri, "COLUMNS": "160"}
+        command = [sys.executable, "-m", "countdown_kd", "status"]
+        done = subprocess.run(command, cwd=launch.folder, env=environment, capture_output=True, text=True)
+        states = [run.data.tags["countdown_kd.state"] for run in launch.runs("cell")]
+        return done.returncode, states, launch.runs("sweep")[0].info.status, done.stdout.strip().splitlines()[-1]
+
+    process = launch.start("-m", "seed=1,2,3", "trainer.max_steps=500", *CELL[1:])
+    while not list(launch.folder.rglob("run.log")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    assert status() == (1, ["running"], "RUNNING", "2 of 3 cells have not started yet")
+    # Between two cells, every one that there is has ended.
+    (cell,) = launch.runs("cell")
+    launch.client.set_terminated(cell.info.run_id, "FINISHED")
+    assert status()[0] == 1 and launch.runs("sweep")[0].info.status == "RUNNING"
+    launch.client.update_run(cell.info.run_id, "RUNNING")
+
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.communicate()
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        time.sleep(0.05)
+    assert status() == (1, ["killed"], "KILLED", "2 of 3 cells never started")
 
 
 def test_the_same_command_again_runs_only_what_is_missing(launch, tmp_path):

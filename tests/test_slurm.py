@@ -13,9 +13,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import Launcher
+from omegaconf import OmegaConf
 
+from countdown_kd import tracking
 from countdown_kd.config import ROOT
-from countdown_kd.slurm import Told, verdict
+from countdown_kd.slurm import Job, Told, one_task, verdict
+from countdown_kd.status import status
 
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=4")
 SHORT = ("trainer.max_steps=5", "trainer.per_device_train_batch_size=4", "eval.num_puzzles=40")
@@ -239,25 +242,169 @@ def test_a_cell_at_its_time_limit_is_queued_again_and_goes_on(slurm, launch):
 
 
 @pytest.mark.parametrize(
-    "slurms, exit_code, ran, mlflows, told",
+    "slurms, exit_code, ran, said, told",
     [
-        ("PENDING", "0:0", False, "SCHEDULED", ("SCHEDULED", "pending")),
-        ("RUNNING", "0:0", True, "SCHEDULED", ("RUNNING", "running")),
-        ("OUT_OF_MEMORY", "0:125", True, "RUNNING", ("KILLED", "out of memory")),
-        ("OUT_OF_MEMORY", "0:125", True, "KILLED", ("KILLED", "out of memory")),
-        ("NODE_FAIL", "0:0", True, "RUNNING", ("KILLED", "node failed")),
-        ("PREEMPTED", "0:0", True, "RUNNING", ("KILLED", "preempted")),
-        ("CANCELLED", "0:0", False, "SCHEDULED", ("KILLED", "never started")),
-        ("FAILED", "1:0", True, "RUNNING", ("FAILED", "failed (exit code 1)")),
-        ("FAILED", "9:0", True, "RUNNING", ("KILLED", "killed by SIGKILL")),  # sacct's word for 137
-        ("FAILED", "137:0", True, "RUNNING", ("KILLED", "killed by SIGKILL")),  # scontrol's
-        ("FAILED", "0:9", True, "RUNNING", ("KILLED", "killed by SIGKILL")),  # the batch script itself
-        (None, "", True, "RUNNING", ("KILLED", "gone: Slurm does not know its job any more")),
+        ("PENDING", "0:0", False, "pending", ("SCHEDULED", "pending")),
+        ("PENDING", "0:0", True, "preempted, goes on", ("SCHEDULED", "preempted, goes on")),
+        ("PENDING", "0:0", True, "stopped", ("SCHEDULED", "stopped, goes on")),  # SIGTERM was a preemption
+        ("RUNNING", "0:0", True, "pending (Priority)", ("RUNNING", "starting")),
+        ("RUNNING", "0:0", True, "running", ("RUNNING", "running")),
+        ("COMPLETING", "0:0", True, "stopped", ("RUNNING", "stopped")),  # not over: Slurm has not said what it was
+        ("CANCELLED", "0:0", True, "stopped", ("KILLED", "cancelled")),
+        ("FAILED", "143:0", True, "stopped", ("KILLED", "stopped")),
+        (None, "", True, "stopped", ("KILLED", "stopped")),
+        ("OUT_OF_MEMORY", "0:125", True, "running", ("KILLED", "out of memory")),
+        ("OUT_OF_MEMORY", "0:125", True, "killed by SIGKILL", ("KILLED", "out of memory")),
+        ("NODE_FAIL", "0:0", True, "running", ("KILLED", "node failed")),
+        ("PREEMPTED", "0:0", True, "running", ("KILLED", "preempted")),
+        ("PREEMPTED", "0:0", True, "preempted; no requeue", ("KILLED", "preempted; no requeue")),
+        ("CANCELLED", "0:0", False, "pending", ("KILLED", "never started")),
+        ("CANCELLED", "0:0", False, "never started", ("KILLED", "never started")),
+        ("FAILED", "1:0", True, "running", ("FAILED", "failed (exit code 1)")),
+        ("FAILED", "9:0", True, "running", ("KILLED", "killed by SIGKILL")),  # sacct's word for 137
+        ("FAILED", "137:0", True, "running", ("KILLED", "killed by SIGKILL")),  # scontrol's
+        ("FAILED", "0:9", True, "running", ("KILLED", "killed by SIGKILL")),  # the batch script itself
+        ("FAILED", "127:0", True, "running", ("FAILED", "failed (exit code 127)")),
+        ("FAILED", "3:0", True, "starting", ("FAILED", "never started (exit code 3)")),
+        ("FAILED", "126:0", True, "pending", ("FAILED", "never started (exit code 126)")),
+        ("FAILED", "127:0", True, "pending", ("FAILED", "never started (exit code 127)")),
+        ("FAILED", "255:0", True, "starting", ("FAILED", "never started (exit code 255)")),
+        ("FAILED", "0:53", True, "pending", ("FAILED", "never started (exit code 0:53)")),  # its log cannot be written
+        (None, "", True, "running", ("KILLED", "gone: Slurm does not know its job any more")),
     ],
 )
-def test_every_end_has_its_word(slurms, exit_code, ran, mlflows, told):
-    run = SimpleNamespace(info=SimpleNamespace(status=mlflows), data=SimpleNamespace(tags={}))
+def test_every_end_has_its_word(slurms, exit_code, ran, said, told):
+    status = "KILLED" if said.startswith("killed") else "RUNNING"
+    run = SimpleNamespace(info=SimpleNamespace(status=status), data=SimpleNamespace(tags={"countdown_kd.state": said}))
     assert verdict(run, slurms and Told(slurms, exit_code, ran=ran)) == told
+
+
+def test_a_job_that_ends_in_its_setup_never_started(slurm, launch):
+    result = launch("-m", "seed=1", *SHORT, *SLURM, "hydra.launcher.setup=['sleep 6', 'exit 127']")
+    assert result.returncode == 1 and "ValueError" not in result.stderr
+    (run,) = launch.runs("cell")
+    assert (run.info.status, state(run)) == ("FAILED", "never started (exit code 127)")
+    assert accounted(slurm, run.data.tags["countdown_kd.slurm_job"]) == ["FAILED"]
+
+
+@pytest.fixture
+def cell_with_a_job(tmp_path, monkeypatch):
+    """A store with a sweep of one cell, which is said to run as Slurm's job 123: no Slurm is needed."""
+    store = OmegaConf.create({"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "countdown_kd"})
+    client, experiment_id = tracking.open_store(store)
+    sweep = tracking.start_run(client, experiment_id, "sweep", "sweep")
+    monkeypatch.setenv(tracking.SWEEP_RUN_ID, sweep)
+    tags = {tracking.JOB_TAG: "123", tracking.STATE_TAG: "running"}
+    run_id = tracking.start_run(client, experiment_id, "cell", "cell", tags=tags)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+
+    def answer(*names: str, script: str) -> None:
+        for name in names:
+            (programs / name).write_text(f"#!/bin/sh\n{script}")
+            (programs / name).chmod(0o755)
+
+    return SimpleNamespace(client=client, experiment_id=experiment_id, sweep=sweep, run_id=run_id, answer=answer)
+
+
+def test_no_answer_of_slurm_changes_nothing_and_is_told(cell_with_a_job, capsys):
+    store = cell_with_a_job
+
+    def look():
+        code = status(store.client, store.experiment_id, None, live=False)
+        found = store.client.get_run(store.run_id), store.client.get_run(store.sweep)
+        return (
+            code,
+            state(found[0]),
+            [run.info.status for run in found],
+            "Slurm does not answer" in capsys.readouterr().out,
+        )
+
+    unchanged = (1, "running", ["RUNNING", "RUNNING"], True)
+    assert look() == unchanged, "no Slurm here"
+    store.answer("squeue", "sacct", "scontrol", script="echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert look() == unchanged
+    store.answer("sacct", script="echo 'JobID|State|ExitCode|Start'")
+    assert look() == unchanged, "accounting alone may not know it yet"
+    store.answer("squeue", "scontrol", script="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert look() == (1, "gone: Slurm does not know its job any more", ["KILLED", "KILLED"], False)
+
+
+@pytest.mark.parametrize(
+    "received, said",
+    [
+        ([signal.SIGUSR2], "timed out; Slurm does not queue it again: requeue is disabled"),
+        ([signal.SIGUSR2, signal.SIGTERM], "timed out; Slurm does not queue it again: requeue is disabled"),
+        ([signal.SIGTERM], "stopped"),
+    ],
+)
+def test_a_job_that_stopped_waits_for_slurm_and_never_ends_well(cell_with_a_job, monkeypatch, received, said):
+    store, slept = cell_with_a_job, []
+    store.answer("scontrol", script="echo 'requeue is disabled' >&2; exit 1")
+    monkeypatch.setattr("countdown_kd.slurm._times", lambda job: (5400, 7200))
+    monkeypatch.setattr("countdown_kd.slurm.time.sleep", slept.append)
+    cell = SimpleNamespace(store=store.client, run_id=store.run_id, name="cell")
+    job = Job(cell, signal_delay_s=1800, max_num_timeout=20, received=dict.fromkeys(received, 0))
+    with pytest.raises(SystemExit) as end:
+        job.interrupted("123")
+    assert end.value.code == 143 and slept[0] > 1800
+    run = store.client.get_run(store.run_id)
+    assert (run.info.status, state(run)) == ("RUNNING", said), "what it was is Slurm's to say"
+
+
+@pytest.mark.timeout(600)
+def test_a_cell_preempted_before_it_begins_is_queued_again(slurm, launch):
+    process = launch.start("-m", "seed=1", *SHORT, *SLURM)
+    slurm.run("scontrol", "update", "PartitionName=main", "GraceTime=5")
+    try:
+        wait(lambda: "RUNNING" in slurm.run("squeue", "-h", "-o", "%T"), process)
+        slurm.run("sbatch", "-p", "urgent", "--gres=gpu:2", "--time=1", "-o", "/dev/null", "--wrap", "sleep 1")
+        _, err = process.communicate(timeout=400)
+    finally:
+        process.kill()
+        slurm.run("scontrol", "update", "PartitionName=main", "GraceTime=30")
+    assert process.returncode == 0, err
+    (run,) = launch.runs("cell")
+    history = accounted(slurm, run.data.tags["countdown_kd.slurm_job"], "-D")
+    assert history[-1] == "COMPLETED" and set(history[:-1]) <= {"REQUEUED", "PREEMPTED"} and len(history) > 1
+
+
+@pytest.mark.timeout(600)
+def test_the_launcher_leaves_on_slurms_last_word(slurm, launch):
+    # Slurm as it is without SlurmctldParameters: SIGTERM tells a cell neither that it is preempted nor cancelled.
+    conf = slurm.folder / "slurm.conf"
+    before = conf.read_text()
+    plain = before.replace("SlurmctldParameters=preempt_send_user_signal\n", "").replace("GraceTime=30", "GraceTime=10")
+    conf.write_text(plain.replace("KillWait=5", "KillWait=15"))
+    slurm.run("scontrol", "reconfigure")
+    process = launch.start("-m", "seed=1", "trainer.max_steps=3000", *SHORT[1:], *SLURM)
+
+    def training(at_least):
+        return wait(
+            lambda: (
+                any(launch.folder.rglob("run.log"))
+                and [run for run in launch.runs("cell") if len(steps(launch, run)) >= at_least]
+            ),
+            process,
+        )[0]  # fmt: skip
+
+    try:
+        run = training(1)
+        slurm.run("sbatch", "-p", "urgent", "--gres=gpu:2", "--time=1", "-o", "/dev/null", "--wrap", "sleep 1")
+        wait(lambda: state(launch.runs("cell")[0]) == "stopped", process)
+        stopped_after = len(steps(launch, run))
+        training(stopped_after + 1)
+        job = run.data.tags["countdown_kd.slurm_job"]
+        slurm.run("scancel", job)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        conf.write_text(before)
+        slurm.run("scontrol", "reconfigure")
+    (run,) = launch.runs("cell")
+    assert process.returncode == 1 and "stopped, goes on" in out
+    assert (run.info.status, state(run), accounted(slurm, job)) == ("KILLED", "cancelled", ["CANCELLED"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -271,6 +418,9 @@ def test_a_hundred_held_cells_wait_and_are_left_and_cancelled(slurm, launch):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout.readline().startswith("submitted 100 cells as Slurm job ")
+    # The launcher's own seconds, and sbatch's: a clock on the wall would tell what else the machine does.
+    used = sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
+    assert used / os.sysconf("SC_CLK_TCK") < 10
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     assert "libtorch" not in maps and "sqlalchemy" in maps, "submitting needs no torch"
     assert len(slurm.run("squeue", "-h", "-r", "-t", "PD").splitlines()) == 100
@@ -305,8 +455,16 @@ def test_a_plan_shows_the_script_and_submits_nothing(slurm, launch):
     assert plan.returncode == 0, plan.stderr
     assert "2 of 4 cells would run; 2 invalid" in plan.stdout and "a divisor of 16" in " ".join(plan.stdout.split())
     assert "#SBATCH --array=0-1%2" in plan.stdout and "srun" in plan.stdout
+    assert "#SBATCH --requeue\n" in plan.stdout, "also where the cluster's default is not to"
     assert slurm.run("squeue", "-h") == ""
     assert not launch.runs("cell")
+
+
+def test_a_plan_without_slurm_says_where_its_script_is_made(tmp_path):
+    launch = Launcher(tmp_path)
+    launch.environment = {"PATH": "/nowhere"}
+    plan = launch("-m", "seed=1,2", *SHORT, *SLURM, "plan=true")
+    assert plan.returncode == 0 and "2 of 2 cells would run" in plan.stdout and "login node" in plan.stdout
 
 
 def test_slurm_wants_a_sweep_and_says_so(launch):
@@ -347,7 +505,33 @@ def test_a_job_that_does_not_reach_the_store_says_so(slurm, launch):
     assert result.returncode == 1
     assert "does not reach the MLflow store" in result.stdout and "mlflow server" in result.stdout
     (cell,) = launch.runs("cell")
-    assert (cell.info.status, state(cell)) == ("FAILED", "failed (exit code 1)")
+    assert (cell.info.status, state(cell)) == ("FAILED", "never started (exit code 1)")
+
+
+def test_what_slurm_refuses_is_told_in_its_words(slurm, launch):
+    result = launch("-m", "seed=1,2", *SHORT, *SLURM, "hydra.launcher.partition=nowhere")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(r"Slurm did not take the cells: .*invalid partition", result.stderr, re.S)
+    assert {(run.info.status, state(run)) for run in launch.runs("cell")} == {("KILLED", "never started")}
+
+
+def test_ctrl_c_while_cells_are_prepared_leaves_none_waiting(slurm, launch):
+    seeds = ",".join(map(str, range(100)))
+    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = launch.start("-m", f"seed={seeds}", *SHORT, *SLURM, **listen)
+    wait(lambda: len(list(launch.folder.rglob("cell.yaml"))) > 3, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped by Ctrl-C" in err and "cells never started" in out
+    assert slurm.run("squeue", "-h") == ""
+    assert {run.info.status for run in launch.runs("cell") + launch.runs("sweep")} == {"KILLED"}
+
+
+@pytest.mark.parametrize("key", ["nodes", "tasks_per_node"])
+def test_a_cell_is_one_task(key, capsys):
+    with pytest.raises(SystemExit):
+        one_task({key: 2})
+    assert f"hydra.launcher.{key}=2" in capsys.readouterr().err
 
 
 def test_without_accounting_the_controller_is_asked(slurm, launch):

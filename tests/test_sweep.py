@@ -173,6 +173,15 @@ def test_a_mistake_in_one_cell_is_told_before_any_cell_runs(launch):
     assert not (launch.folder / "mlflow.db").exists()
 
 
+def test_a_store_that_does_not_answer_is_told_soon_without_its_password(launch):
+    launch.uri = "http://somebody:swordfish@127.0.0.1:9"
+    begun = time.time()
+    result = launch("-m", "seed=1,2", *SHORT)
+    assert result.returncode == 2 and time.time() - begun < 100
+    assert "http://***@127.0.0.1:9 does not answer" in result.stderr and "mlflow server" in result.stderr
+    assert "Traceback" not in result.stderr and "swordfish" not in result.stderr + result.stdout
+
+
 def test_one_failed_cell_is_failed_and_the_others_go_on(launch):
     # A value that only GOLDConfig itself refuses.
     result = launch("-m", "trainer.beta=2.0,0.0", *SHORT)
