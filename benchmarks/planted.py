@@ -3,8 +3,8 @@
     python benchmarks/planted.py            # about 70 short runs: forty minutes on two cores
 
 A row a cause: the gap in train/loss (mean over the steps), whether it is above A's own spread over three seeds, what
-explain names, and how many probes that took. The last row plants nothing. Runs are cells in a store of their own in
-./planted; the same command again goes on.
+explain names, and how many probes that took. The last row plants nothing. Exits with code 1 where explain names another
+key than the planted one. Runs are cells in a store of their own in ./planted; the same command again goes on.
 """
 
 import os
@@ -69,7 +69,8 @@ def explain(*overrides: str) -> tuple[str, int]:
     return sentence[1], len(re.findall(r"of the gap$", done.stdout, re.M))
 
 
-def main() -> None:
+def main() -> int:
+    wrong = []
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     for header in ("planted", "gap", "above the\nseeds' spread", "explain says", "probes"):
         table.add_column(header, overflow="fold")
@@ -81,11 +82,18 @@ def main() -> None:
             spread = float(re.search(r"seeds:? \(?(\S+?)\)", explain(override)[0])[1])
         found = re.match(r"`(\S+)[^`]*` explains (\S+ %|\S+%)", sentence)
         told = f"{found[1]}, {found[2]}" if found else sentence.partition(":")[0]
+        # Alone: of two keys the sentence says that they "together explain".
+        named = found[1] if found else None
+        if named != (override and override.partition("=")[0].lstrip("+")):
+            wrong.append(name)
         table.add_row(name, f"{gap:.4f}", "yes" if gap > spread else "no", told, str(probes))
         print(f"{name}: {sentence}", flush=True)
     Console().print(f"\nA's own spread over three seeds: {spread:.4f}")
     Console().print(table)
+    if wrong:
+        print(f"Not named: {', '.join(wrong)}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

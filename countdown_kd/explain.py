@@ -10,6 +10,7 @@ no torch.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -26,19 +27,37 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from countdown_kd import tracking
 from countdown_kd.cell import standings
 from countdown_kd.config import ConfigError, identity, substance, validate
+from countdown_kd.countdown import FAILURES
 from countdown_kd.differences import MISSING, RANKS, Difference, differences
+from countdown_kd.summary import PHASE_COLOURS
 from countdown_kd.sweep import close_sweep, overrides_of
 
 # Keys that validate() allows only together: one word of the command line sets each of these.
 TOGETHER = {
     "precision": ("model.dtype", "trainer.bf16", "gen.dtype"),
-    "gen": ("trainer.use_vllm", "trainer.vllm_", "gen.max_num_seqs"),
+    "gen": ("trainer.use_vllm", "trainer.vllm_", "gen.max_num_seqs", "gen.cache_implementation"),
 }
+# What every run logs; TRL logs some more.
+EVALUATED = (
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "truncated_frac",
+    *(f"failures/{label}" for label in FAILURES),
+)
+METRICS = (
+    "train/loss", "train/on_policy_loss", "train/off_policy_loss", "train/matched_loss", "train/unmatched_loss",
+    "train/grad_norm", "train/learning_rate", "rollout/mean_tokens", "rollout/truncated_frac",
+    "perf/s_per_it", "perf/samples_per_s", "perf/rollout_tokens_per_s", "perf/peak_memory_gib",
+    *(f"perf/phase/{phase}_s" for phase in PHASE_COLOURS),
+    *(f"{prefix}/{name}" for prefix in ("eval", "eval_before") for name in EVALUATED),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,23 +82,26 @@ def explain(sweeper: Any) -> None:
     console = Console(highlight=False)
     loader = sweeper.hydra_context.config_loader
     try:
+        check_settings(sweeper)
         a, b = ends(overrides_of(sweeper.config), loader)
         config_a, config_b = (loader.load_sweep_config(sweeper.config, each) for each in (a, b))
         validate(config_a)
         validate(config_b)
         units = differing(sweeper, a, config_a, config_b)
     except (ValueError, HydraException) as error:  # Hydra raises both
-        console.print(f"[red]{error}[/]", soft_wrap=True)
+        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
+        discard(sweeper.config)
         raise SystemExit(2) from None
     show_units(console, units)
     if not units:
         console.print("A and B are one and the same config.", style="bold")
-        return end(sweeper.config)
+        return discard(sweeper.config)
     if config_a.plan:
         runs = 2 + (sweeper.seeds - 1 if sweeper.tolerance is None else 0)
         console.print(f"{runs} runs, then about {2 * math.ceil(math.log2(len(units) + 1))} probes for a single cause")
-        return end(sweeper.config)
+        return discard(sweeper.config)
     if identity(compose(sweeper, [*a, *all_of(units)])) != identity(config_b):
+        discard(sweeper.config)
         raise SystemExit("A with all of B's values is not B: their groups differ in more than their keys tell")
     search = Search(sweeper, console, a, units)
     search.begin(b, int(config_a.seed))
@@ -87,9 +109,10 @@ def explain(sweeper: Any) -> None:
         search.narrow()
     sentence = search.sentence()
     show_units(console, units, search)
-    console.print(f"\n{sentence}", style="bold", soft_wrap=True)
+    console.print(f"\n{sentence}", style="bold", soft_wrap=True, markup=False)
     figure = draw(search, Path(sweeper.config.hydra.sweep.dir) / "explain.png")
-    console.print(f"\nfigure   {figure}\nMLflow   {tracking.ui_command(sweeper.config.tracking.uri)}", soft_wrap=True)
+    console.print(f"\nfigure   {escape(str(figure))}", soft_wrap=True)
+    console.print(f"MLflow   {escape(tracking.ui_command(sweeper.config.tracking.uri))}", soft_wrap=True)
     run_id = os.environ[tracking.SWEEP_RUN_ID]
     search.client.log_artifact(run_id, str(figure))
     search.client.set_tag(run_id, "mlflow.note.content", sentence)  # the run's description in MLflow's UI
@@ -102,6 +125,44 @@ def end(config: DictConfig) -> None:
     run_id = os.environ.pop(tracking.SWEEP_RUN_ID)
     client.set_tag(run_id, "mlflow.runName", " ".join(["explain", *config.hydra.overrides.task]))
     close_sweep(client, run_id, tracking.cells_of(client, run_id))
+
+
+def discard(config: DictConfig) -> None:
+    """Remove the sweep's run, which was opened before it was known that nothing would run."""
+    client, _ = tracking.open_store(config.tracking)
+    client.delete_run(os.environ.pop(tracking.SWEEP_RUN_ID))
+
+
+def check_settings(sweeper: Any) -> None:
+    """Raise ConfigError for a setting that would be found wrong only after A and B have run."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    if not (isinstance(sweeper.seeds, int) and sweeper.seeds >= 2):
+        raise ConfigError(
+            f"hydra.sweeper.seeds={sweeper.seeds}: it must be an integer of 2 or more, for runs of A to lie apart. "
+            "hydra.sweeper.tolerance does without them"
+        )
+    if sweeper.tolerance is not None and not (number(sweeper.tolerance) and sweeper.tolerance >= 0):
+        raise ConfigError(
+            f"hydra.sweeper.tolerance={sweeper.tolerance}: it must be a number of 0 or more, in units of "
+            f"{sweeper.metric}, or null for A's spread over its seeds"
+        )
+    if not (number(sweeper.share) and 0 < sweeper.share <= 1):
+        raise ConfigError(
+            f"hydra.sweeper.share={sweeper.share}: it must be above 0 and not above 1, as in 0.9 for 90 %"
+        )
+    if sweeper.metric not in METRICS:
+        client, experiment_id = tracking.open_store(sweeper.config.tracking)
+        done = client.search_runs([experiment_id], "attributes.status = 'FINISHED'", max_results=100)
+        known = {*METRICS, *(name for run in done for name in run.data.metrics)}
+        if sweeper.metric not in known:
+            near = difflib.get_close_matches(str(sweeper.metric), sorted(known), n=1)
+            raise ConfigError(
+                f"hydra.sweeper.metric={sweeper.metric}: no run logs it. "
+                + (f"Did you mean {near[0]}?" if near else f"Give one of {', '.join(sorted(known))}")
+            )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -302,7 +363,8 @@ class Search:
         for name, units in new.items():
             part = self.part(units)
             said = "cannot run" if part is None else f"{part:.0%} of the gap"
-            self.console.print(f"[bold]{name}[/] ({', '.join(unit.name for unit in units)}): {said}", soft_wrap=True)
+            keys = escape(", ".join(unit.name for unit in units))
+            self.console.print(f"[bold]{escape(name)}[/] ({keys}): {said}", soft_wrap=True)
 
     def run(self, named: dict[str, list[str]]) -> None:
         """Run what is not finished yet, through the launcher; ``values`` has None where that did not work."""
@@ -316,7 +378,7 @@ class Search:
                 cfg = self.sweeper.hydra_context.config_loader.load_sweep_config(self.sweeper.config, overrides)
                 validate(cfg)
             except (ConfigError, HydraException) as error:
-                self.console.print(f"{name} is no valid config: {error}", style="dim", soft_wrap=True)
+                self.console.print(f"{name} is no valid config: {error}", style="dim", soft_wrap=True, markup=False)
                 continue
             cells[name] = cfg
             batch.append(overrides)
@@ -350,7 +412,7 @@ class Search:
         return {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
 
     def fail(self, why: str) -> None:
-        self.console.print(f"[red]{why}[/]", soft_wrap=True)
+        self.console.print(f"[red]{escape(why)}[/]", soft_wrap=True)
         raise SystemExit(1)
 
     def sentence(self) -> str:
@@ -397,7 +459,8 @@ def show_units(console: Console, units: Sequence[Unit], search: Search | None = 
             row = [key, *(str(value) for value in values)]
             if search and not search.agree:
                 row.append(("–" if part is None else f"{part:.0%}") if number == 0 and found else "")
-            table.add_row(*row, unit.why if number == 0 else "", style="bold" if found else None)
+            row.append(unit.why if number == 0 else "")
+            table.add_row(*map(escape, row), style="bold" if found else None)
     if units:
         console.print()
         console.print(table)
@@ -434,6 +497,7 @@ def draw(search: Search, file: Path) -> Path:
     curves.set(title=f"{search.metric}: the gap is {search.gap:+.3g}", xlabel="optimizer step")
     handles = {handle.get_label(): handle for handle in curves.get_legend_handles_labels()[0]}
     curves.legend(handles.values(), handles.keys(), frameon=False)
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.grid(alpha=0.25)
 
     names = []
@@ -448,7 +512,8 @@ def draw(search: Search, file: Path) -> Path:
     parts.axvline(100, color="#D55E00", linewidth=1)
     parts.axvline(0, color="#0072B2", linewidth=1)
     title = "Part of the gap that A covers with keys of B" if probes else "No probes: A and B agree"
-    parts.set(title=title, xlabel="%", yticks=range(len(probes)), yticklabels=names, ylim=(len(probes) - 0.5, -0.5))
+    lowest = max(len(probes), 1) - 0.5
+    parts.set(title=title, xlabel="%", yticks=range(len(probes)), yticklabels=names, ylim=(lowest, -0.5))
     for axes in (curves, parts):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130)

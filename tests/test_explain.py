@@ -8,9 +8,12 @@ import pytest
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
+from omegaconf import OmegaConf
+from rich.console import Console
 
+from countdown_kd import tracking
 from countdown_kd.config import ROOT, ConfigError, identity
-from countdown_kd.explain import Unit, all_of, compose, differing, ends, minimal
+from countdown_kd.explain import Unit, all_of, check_settings, compose, differing, draw, ends, minimal, show_units
 
 
 def some_units(number):
@@ -174,15 +177,57 @@ def test_the_lab_notes_cause_is_named_and_runs_are_used_again(launch):
         (("seed=1,2,3",), "3 values; explain compares two"),
         (("precision=fp32,fp64",), "fp64"),
         (("model.dtype=float32,bfloat16",), "gen.dtype=float32: with gen=hf"),
+        (("seed=1,2", "hydra.sweeper.metric=train/los"), "did you mean train/loss?"),
     ],
 )
 def test_bad_input_is_told_before_anything_runs(launch, overrides, told):
     done = launch("-m", "hydra/sweeper=explain", *overrides, timeout=100)
-    assert done.returncode != 0 and told in done.stdout + done.stderr
-    assert not launch.runs("cell")
+    assert done.returncode != 0 and told.lower() in (done.stdout + done.stderr).lower()
+    assert not launch.runs("cell") and not launch.runs("sweep")
+
+
+@pytest.mark.parametrize(
+    "setting, told",
+    [
+        ({"seeds": 1}, "seeds=1: it must be an integer of 2 or more"),
+        ({"seeds": "two"}, "seeds=two: it must be"),
+        ({"tolerance": -1}, "tolerance=-1: it must be a number of 0 or more"),
+        ({"tolerance": "small"}, "tolerance=small: it must be"),
+        ({"share": 90}, "share=90: it must be above 0 and not above 1"),
+        ({"metric": "accuracy"}, "Did you mean eval/accuracy?"),
+    ],
+)
+def test_settings_are_checked_first(tmp_path, setting, told):
+    store = OmegaConf.create({"tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "x"}})
+    sound = {"metric": "train/loss", "seeds": 3, "tolerance": None, "share": 0.9, "config": store}
+    check_settings(SimpleNamespace(**sound))
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        check_settings(SimpleNamespace(**sound | setting))
+
+
+def test_a_metric_that_only_a_finished_run_has_logged_is_known(tmp_path):
+    config = OmegaConf.create({"tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "x"}})
+    client, experiment_id = tracking.open_store(config.tracking)
+    run_id = tracking.start_run(client, experiment_id, "a", "cell")
+    client.log_metric(run_id, "train/entropy", 1.0)
+    tracking.end_run(client, run_id, "FINISHED", "finished")
+    check_settings(SimpleNamespace(metric="train/entropy", seeds=3, tolerance=0, share=0.9, config=config))
+
+
+def test_the_figure_of_two_configs_that_agree_has_no_probes_and_whole_steps(tmp_path, recwarn):
+    search = SimpleNamespace(sets={}, cause=[], runs={"A": "1", "B": "2"}, metric="train/loss", gap=0.0)
+    search.curve = lambda name: {1: 1.0, 2: 0.9}
+    assert draw(search, tmp_path / "explain.png").read_bytes().startswith(b"\x89PNG")
+    assert not [str(each.message) for each in recwarn if "identical" in str(each.message)]
+
+
+def test_values_in_brackets_are_shown_as_they_are():
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    show_units(console, [Unit("k", {"k": ("[/INST]", "[pad]")}, "loss", "", ())])
+    assert re.search(r"\[/INST\] +\[pad\]", console.export_text())
 
 
 def test_plan_runs_nothing(launch):
     done = launch("-m", "hydra/sweeper=explain", "trainer.beta=0,1", "plan=true", timeout=100)
     assert done.returncode == 0 and "trainer.beta" in done.stdout and "probes" in done.stdout
-    assert not launch.runs("cell")
+    assert not launch.runs("cell") and not launch.runs("sweep")
