@@ -4,8 +4,9 @@
 
 Two runs soon draw other puzzles and other rollouts, and from there their losses say nothing about each other. So A's
 first sequences are frozen, with the data's text and with rollouts of A's student, and both configs take one optimizer
-step on each from A's weights (replay.py). Then A takes it again with one of B's values at a time. What no batch can
-show, what is drawn from which seed, is looked up beside it. Imports torch only once both configs are known to be sound.
+step on each from A's weights (replay.py). Then A takes it again with one of B's values at a time, and with two where no
+one of them tells. What no batch can show, what is drawn from which seed, is looked up beside it. Imports torch only
+once both configs are known to be sound.
 """
 
 from __future__ import annotations
@@ -14,22 +15,25 @@ import logging
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from countdown_kd.compare import is_sweep, named_run, run_side
 from countdown_kd.config import ConfigError, identity, plain, validate
-from countdown_kd.differences import LOSS, differences
+from countdown_kd.differences import LOSS, differences, rank
 from countdown_kd.plan import flat
 from countdown_kd.tracking import open_store
 
@@ -51,6 +55,7 @@ TOGETHER = {  # keys of which one often cannot have B's value while another has 
         "trainer.generation_batch_size",
     ),
 }  # fmt: skip
+MOST_PAIRS = 20
 ROUNDING = 1e-5  # relative: sums in another order differ by less in fp32
 MEASURES = {  # of a step: how they are called and written
     "loss": ("loss", ".5g"),
@@ -84,7 +89,7 @@ class Unit:
     @property
     def called(self) -> str:
         keys = ", ".join(self.values)
-        return f"`{self.name}`" if keys == self.name else f"`{self.name}` ({keys})"
+        return f"`{self.name}`" if self.name in (keys, " with ".join(self.values)) else f"`{self.name}` ({keys})"
 
 
 @dataclass
@@ -102,6 +107,7 @@ class Parity:
     draws: Sequence[Draws] = ()  # A's and B's
     micro_batches: int = 2
     growth: Sequence[float] = (1.0, 1.0)  # the loss in so many micro-batches over the loss in one
+    pairs: list[Unit] = field(default_factory=list)  # of two units, tried where no single one tells
 
     def differs(self, measure: str, one: Replay, other: Replay) -> bool:
         """Whether two replays lie further apart than A from itself, and than rounding can bring them."""
@@ -171,10 +177,10 @@ def parity(given: Sequence[str], compose: Compose) -> int:
             measure(found, progress)
             switch(found, progress)
     except (ValueError, HydraException, OmegaConfBaseException) as error:
-        console.print(f"[red]{error}[/]", soft_wrap=True)
+        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
         return 2
     show(console, given, found)
-    console.print(f"\nfigure   {draw(found, Path('parity.png').absolute())}", soft_wrap=True)
+    console.print(f"\nfigure   {draw(found, Path('parity.png').absolute())}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -190,11 +196,19 @@ def read_side(given: str, compose: Compose) -> DictConfig:
             cfg = OmegaConf.load(file)
         except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{given}: cannot be read as YAML ({error})") from None
-    elif not given.strip() or ("=" in given and "," not in given):
+    elif _is_one_cell(given):
         cfg = compose(shlex.split(given))
     else:  # the name of a run may be its overrides, between commas
         client, experiment_id = open_store(compose([]).tracking)
-        run = named_run(client, experiment_id, given)
+        try:
+            run = named_run(client, experiment_id, given)
+        except ConfigError as error:
+            if "=" not in given:
+                raise
+            raise ConfigError(
+                f"{error}\n{given}: as overrides these are several cells, and a side is one. Give single values, with "
+                'blanks between them, as in "seed=1 precision=bf16" "seed=2 precision=bf16"'
+            ) from None
         if is_sweep(run):
             raise ConfigError(f"{given}: a sweep; give one of its cells")
         cfg = OmegaConf.create(run_side(client, run).artifact("config/composed.yaml"))
@@ -209,6 +223,17 @@ def read_side(given: str, compose: Compose) -> DictConfig:
     if cfg.baseline:
         raise ConfigError(f"{given}: baseline={cfg.baseline} trains nothing. Give a cell that trains")
     return cfg
+
+
+def _is_one_cell(given: str) -> bool:
+    """Whether overrides are meant, and none of them has several values: a comma may also be inside brackets."""
+    if "," not in given:
+        return not given.strip() or "=" in given
+    try:
+        overrides = OverridesParser.create().parse_overrides(shlex.split(given))
+    except (ValueError, HydraException):
+        return False
+    return not any(override.is_sweep_override() for override in overrides)
 
 
 def differing(a: DictConfig, b: DictConfig) -> tuple[list[Unit], list[Unit], list[str]]:
@@ -314,3 +339,41 @@ def switch(found: Parity, progress: Progress) -> None:
             found.units, found.untried = found.units + found.untried, []
     if found.drawn_apart:
         each(found.units, "draws", replay.draws)
+    found.pairs = pairs(found)
+    each(found.pairs, "replay", replay.replay)
+    weak = untold(found)
+    found.units += [pair for pair in found.pairs if any(abs(1 - found.share(gap, pair)) < 0.1 for gap in weak)]
+
+
+def untold(found: Parity) -> list[str]:
+    """The measures of whose gap no unit covers even half."""
+    return [gap for gap in found.gaps if all(abs(share) < 0.5 for _, share in found.carriers(gap))]
+
+
+def pairs(found: Parity) -> list[Unit]:
+    """Two units' values of B at once, where some gap is untold; at most MOST_PAIRS, the likeliest first.
+
+    A small update is lost in bf16 weights: that takes both a precision and a learning rate. Others follow by how many
+    of the two change anything.
+    """
+    if not untold(found):
+        return []
+    able = [unit for unit in found.units if unit.replay and any(rank(key)[0] == LOSS for key in unit.values)]
+
+    def unlikely(pair: tuple[Unit, Unit]) -> tuple[bool, int]:
+        keys = " ".join(key for unit in pair for key in unit.values)
+        moving = sum(any(found.share(gap, unit) for gap in found.gaps) for unit in pair)
+        return not ("model.dtype" in keys and "learning_rate" in keys), -moving
+
+    def joined() -> Iterator[Unit]:
+        for one, other in sorted(combinations(able, 2), key=unlikely):
+            if not one.values.keys() & other.values.keys():
+                values = one.values | other.values
+                cfg = switched(found.a, found.b, list(values))
+                try:
+                    validate(cfg)
+                except ConfigError:
+                    continue
+                yield Unit(f"{one.name} with {other.name}", values, f"{one.why}; {other.why}", cfg)
+
+    return list(islice(joined(), MOST_PAIRS))

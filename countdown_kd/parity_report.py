@@ -94,7 +94,9 @@ def _units_table(found: Parity) -> Table:
                 lines = list(changes.values())
             else:
                 lines = [f"{key.rpartition('.')[2]}: {change}" for key, change in changes.items()]
-            told = f"[bold]{unit.name.removeprefix('trainer.')}[/]" + "".join(f"\n  {escape(line)}" for line in lines)
+            told = f"[bold]{escape(unit.name.removeprefix('trainer.'))}[/]" + "".join(
+                f"\n  {escape(line)}" for line in lines
+            )
             row(f"{told}\n[dim]{unit.why}[/]", unit.replay, f"{found.share(found.gaps[0], unit):.0%}")
     row("[bold]B[/]", found.replays[1], "100%")
     return table
@@ -178,7 +180,8 @@ def explanation(found: Parity, gap: str) -> tuple[str, str]:
     """Which units explain how much of a gap, and what is to be said of the others."""
     carriers = found.carriers(gap)
     if not carriers:
-        return "No key alone explains", ""
+        tried = f", and none of {len(found.pairs)} pairs of keys," if found.pairs else ""
+        return f"No key alone{tried} explains", ""
     told = carriers[:1] if abs(1 - carriers[0][1]) <= 0.01 else carriers
     inside = {key for unit, _ in told for key in unit.values}
     moving = [unit for unit, _ in carriers]

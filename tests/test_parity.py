@@ -1,6 +1,7 @@
 """The same batch through two configs, with the tiny pair itself."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from rich.progress import Progress
 
 from countdown_kd import tracking
 from countdown_kd.config import ROOT, ConfigError
-from countdown_kd.parity import DRAWN, Parity, differing, measure, parity, read_side, switch, switched
+from countdown_kd.parity import DRAWN, MOST_PAIRS, Parity, differing, measure, parity, read_side, switch, switched
 from countdown_kd.parity_report import draw, notes, sentences, show
 from countdown_kd.replay import draws, freeze, growth, models, replay, take_step
 
@@ -215,7 +216,7 @@ def test_the_denominator_is_named_and_other_forms_of_the_step_are_innocent():
     assert found.growth == pytest.approx([2, 1], rel=1e-4)
     told = next(sentences(found))
     assert told.startswith("`step.average_micro_batches` explains 100% of the gap in loss"), told
-    assert "4 other differing keys explain none of it" in told
+    assert re.search(r"; \d+ other differing keys explain none of it\.$", told), told
     assert found.left_out == ["step.teacher_batch_size"], "TRL's loss cannot have it alone"
 
 
@@ -271,6 +272,15 @@ def test_two_causes_share_the_gap_and_what_is_taken_for_harmless_is_tried_where_
     assert {unit.name for unit, _ in found.carriers("loss")} == set(shares) and not found.untried
 
 
+def test_two_keys_that_only_together_lose_updates_are_named_as_a_pair(against_defaults):
+    found = against_defaults("model.dtype=bfloat16", "gen.dtype=bfloat16", "trainer.learning_rate=1e-7", *INNOCENT)
+    (best, share), *_ = found.carriers("unchanged")
+    assert best.called == "`model.dtype with trainer.learning_rate`" and share == pytest.approx(1)
+    assert any(told.startswith(f"{best.called} explains 100% of the gap in weights left") for told in sentences(found))
+    assert 1 < len(found.pairs) <= MOST_PAIRS and [unit for unit in found.units if " with " in unit.name] == [best]
+    assert found.carriers("update_norm")[0][0].name == "trainer.learning_rate", "one key is enough there"
+
+
 def test_switching_gives_a_one_value_of_bs():
     a = side("trainer.lr_scheduler_type=cosine")
     b = side("precision=bf16_pure", "+trainer.weight_decay=0.1", "++trainer.lr_scheduler_kwargs={num_cycles:2}")
@@ -294,6 +304,8 @@ def test_a_side_is_a_run_a_file_or_overrides(tmp_path, monkeypatch):
     for given in (run_id[:8], "seed=1,trainer.beta=1", str(tmp_path / "cell.yaml")):
         assert read_side(given, composed) == cfg
     assert read_side("", composed).trainer.beta == 0
+    with_comma = read_side("++trainer.lr_scheduler_kwargs={a:1,b:2} seed=3", composed)
+    assert (with_comma.trainer.lr_scheduler_kwargs, with_comma.seed) == ({"a": 1, "b": 2}, 3)
     with pytest.raises(ConfigError, match="no run by that id or name"):
         read_side("nonsense", composed)
 
@@ -320,13 +332,16 @@ def test_a_student_is_known_by_its_weights_not_by_its_folder(tmp_path):
     "b, told",
     [
         ("trainer.betta=1", "betta"),
+        ("seed=1,2", "Give single values"),
+        ("[/INST]", "[/INST]: no run by that id or name"),
         ("+trainer.betta=1", "did you mean beta?"),
         ("precision=bf16 model.dtype=bfloat16", "autocast wants fp32 weights"),
         ("baseline=teacher", "trains nothing"),
         ("model.pretrained_model_name_or_path=Qwen/other", "same student"),
     ],
 )
-def test_mistakes_are_told(b, told, capsys):
+def test_mistakes_are_told(b, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert parity(["", b], composed) == 2
     assert told in " ".join(capsys.readouterr().out.split())
 
