@@ -105,7 +105,7 @@ def collect(
     found: dict[tuple[str, int], dict[str, float]] = {}
     for what, length in track([(what, length) for length in lengths for what in WHAT], "loss by turns"):
         shorter = [found[what, each] for each in lengths if (what, each) in found]
-        if any(each["forward"] + each["backward"] > patience for each in shorter):
+        if what == "TRL" and any(seconds(each) > patience for each in shorter):
             continue
         # A new process every time: freed memory is not always given back.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -120,7 +120,7 @@ def seconds(each: dict[str, float]) -> float:
 def report(console: Console, found: dict[tuple[str, int], dict[str, float]], title: str) -> list[tuple[str, ...]]:
     """A table, and how time grows; returns rows for a summary: what, TRL's, ours, ratio."""
     table = Table(title=title)
-    for header in ("tokens", "", "forward", "backward", "both, s", "TRL/it", "GiB", "of TRL's", "loss"):
+    for header in ("tokens", "", "fwd, s", "bwd, s", "both", "TRL/it", "GiB", "of it", "loss"):
         table.add_column(header, justify="left" if not header else "right")
     rows = []
     for (what, length), each in found.items():
