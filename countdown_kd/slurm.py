@@ -167,11 +167,13 @@ def leave_or_cancel(client: MlflowClient, run_ids: Sequence[str]) -> None:
     try:
         time.sleep(5)
     except KeyboardInterrupt:
-        subprocess.run(["scancel", *jobs], check=False)
+        if jobs:
+            subprocess.run(["scancel", *jobs], check=False)
         see_out(client, run_ids)
     else:
         print(f"Look at them with: {sys.executable} -m countdown_kd status")
-        print("Cancel them with:  scancel", *parents(jobs))
+        if jobs:
+            print("Cancel them with:  scancel", *parents(jobs))
         raise SystemExit(130) from None
 
 

@@ -55,6 +55,8 @@ def follow(client: MlflowClient, run_ids: Sequence[str]) -> None:
             if not any(run.info.status in GOING_ON for run in runs):
                 break
             time.sleep(POLL_S)
+    if console.is_terminal:  # the table is gone
+        print(SOURCES.get(source, ""), end="")
 
 
 def look(client: MlflowClient, run_ids: Sequence[str]) -> tuple[list[Run], str]:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from countdown_kd import tracking
 from countdown_kd.config import ROOT
-from countdown_kd.slurm import Job, Told, one_task, verdict
+from countdown_kd.slurm import Job, Told, leave_or_cancel, one_task, verdict
 from countdown_kd.status import status
 
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=4")
@@ -331,6 +331,15 @@ def test_no_answer_of_slurm_changes_nothing_and_is_told(cell_with_a_job, capsys)
     assert look() == (1, "gone: Slurm does not know its job any more", ["KILLED", "KILLED"], False)
 
 
+def test_ctrl_c_leaves_a_cell_that_runs_without_slurm(cell_with_a_job, monkeypatch, capsys):
+    store = cell_with_a_job
+    store.client.delete_tag(store.run_id, tracking.JOB_TAG)
+    monkeypatch.setattr("countdown_kd.slurm.time.sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as end:
+        leave_or_cancel(store.client, [store.run_id])
+    assert end.value.code == 130 and "scancel" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "received, said",
     [
@@ -371,39 +380,28 @@ def test_a_cell_preempted_before_it_begins_is_queued_again(slurm, launch):
 
 
 @pytest.mark.timeout(600)
-def test_the_launcher_leaves_on_slurms_last_word(slurm, launch):
+def test_the_launcher_leaves_on_slurms_word_not_on_a_cells(slurm, launch):
     # Slurm as it is without SlurmctldParameters: SIGTERM tells a cell neither that it is preempted nor cancelled.
     conf = slurm.folder / "slurm.conf"
     before = conf.read_text()
     plain = before.replace("SlurmctldParameters=preempt_send_user_signal\n", "").replace("GraceTime=30", "GraceTime=10")
-    conf.write_text(plain.replace("KillWait=5", "KillWait=15"))
+    conf.write_text(plain)
     slurm.run("scontrol", "reconfigure")
     process = launch.start("-m", "seed=1", "trainer.max_steps=3000", *SHORT[1:], *SLURM)
-
-    def training(at_least):
-        return wait(
-            lambda: (
-                any(launch.folder.rglob("run.log"))
-                and [run for run in launch.runs("cell") if len(steps(launch, run)) >= at_least]
-            ),
-            process,
-        )[0]  # fmt: skip
-
     try:
-        run = training(1)
+        wait(lambda: any(launch.folder.rglob("run.log")) and launch.losses(launch.runs("cell")[0].info.run_id), process)
         slurm.run("sbatch", "-p", "urgent", "--gres=gpu:2", "--time=1", "-o", "/dev/null", "--wrap", "sleep 1")
         wait(lambda: state(launch.runs("cell")[0]) == "stopped", process)
-        stopped_after = len(steps(launch, run))
-        training(stopped_after + 1)
-        job = run.data.tags["countdown_kd.slurm_job"]
+        wait(lambda: state(launch.runs("cell")[0]) == "stopped, goes on", process)
+        job = launch.runs("cell")[0].data.tags["countdown_kd.slurm_job"]
         slurm.run("scancel", job)
-        out, _ = process.communicate(timeout=120)
+        process.communicate(timeout=120)
     finally:
         process.kill()
         conf.write_text(before)
         slurm.run("scontrol", "reconfigure")
     (run,) = launch.runs("cell")
-    assert process.returncode == 1 and "stopped, goes on" in out
+    assert process.returncode == 1
     assert (run.info.status, state(run), accounted(slurm, job)) == ("KILLED", "cancelled", ["CANCELLED"])
 
 
