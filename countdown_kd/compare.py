@@ -46,7 +46,7 @@ HEADINGS = {
     COSMETIC: "changes nothing that is computed",
     NOISE: "where, when and under which name",
 }
-MOST_COLUMNS = 4  # sides that a table has a column for; of more it says which have which value
+MOST_COLUMNS = 4  # sides that a wide table has a column for; of more it says which have which value
 ROUNDING = 1e-6  # relative: what a loss may differ by where no repeated run tells
 LOGGED_TO = 1.01e-4  # TRL rounds the on- and the off-policy loss of a mixed step to four digits, train/loss not
 IDS = "[0-9a-f]{4,32}"
@@ -265,7 +265,7 @@ def show_differences(console: Console, sides: list[Side], show_noise: bool) -> N
     if not shown:
         same = "The configs are the same." if not lone else "The configs are the same in every key that all sides have."
         console.print(same, style="bold")
-    many = len(sides) > MOST_COLUMNS
+    many = len(sides) > min(MOST_COLUMNS, max(2, (console.width - 50) // 15))
     if many and shown:
         for number, side in enumerate(sides, start=1):
             console.print(f"[bold]{number}[/]  {escape(side.label)}", soft_wrap=True)
@@ -386,20 +386,10 @@ def show_curves(console: Console, sides: list[Side]) -> None:
         return
     first = trained[0]
     console.print(f"\n[bold]Curves[/]: the first step that differs from {escape(first.label)}'s")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("run", overflow="fold")
-    headers = (
-        "noise",
-        "pairs",
-        "draws",
-        "puzzles",
-        "rollouts",
-        "loss",
-        "loss on-\npolicy",
-        "loss off-\npolicy",
-        "of steps",
-    )
-    for header in headers:
+    of = "noise", "pairs", "draws", "puzzles", "roll-\nouts", "loss", "on-\npolicy", "off-\npolicy", "of\nsteps"
+    for header in of:
         table.add_column(header, justify="right", no_wrap=True)
     unrecorded = False
     for other in trained[1:]:
@@ -455,9 +445,10 @@ def show_phases(console: Console, sides: list[Side]) -> None:
     timed = [side for side in sides if any(name.startswith("perf/phase/") for name in side.run.data.metrics)]
     if not timed:
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
-    for header in ("seconds a step", *PHASE_COLOURS):
-        table.add_column(header, justify="right" if header in PHASE_COLOURS else "left", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("seconds a step", overflow="fold")
+    for phase in PHASE_COLOURS:
+        table.add_column(phase, justify="right", no_wrap=True)
     for side in timed:
         seconds = (side.run.data.metrics.get(f"perf/phase/{phase}_s") for phase in PHASE_COLOURS)
         table.add_row(escape(side.label), *("–" if each is None else f"{each:.3g}" for each in seconds))
@@ -513,6 +504,7 @@ def show_seeds(console: Console, sides: list[Side]) -> None:
         ]
         label = cell_label(group[0].run, names) if names else "all"
         table.add_row(escape(label), str(len(group)), interval(losses, ".4f"), interval(solved, ".1f", 0, 100))
+    console.print()
     console.print(table)
 
 

@@ -395,7 +395,7 @@ def runs(launch_once):
 
 def curve(printed: str) -> list[str]:
     """draws, puzzles, rollouts, and the losses: the row under the table of first steps that differ."""
-    lines = printed[printed.index("of steps") :].splitlines()
+    lines = printed[printed.index("roll-") :].splitlines()
     return next(line for line in lines if line.split()[-1:] == ["6"]).split()[-7:-1]
 
 

@@ -1,6 +1,7 @@
 """The table and figure that end a sweep, over a real store with made-up runs."""
 
 import pytest
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from rich.console import Console
@@ -72,6 +73,24 @@ def test_only_params_that_differ_are_columns(store):
     _, add = store
     cells = [add({"model": "tiny", "seed": seed, "global_batch": seed}) for seed in ("1", "2")]
     assert swept_params(cells) == ["seed"]
+
+
+def test_rows_that_no_param_tells_apart_are_named(store):
+    client, add = store
+    cells = [add({"seed": "1"}), add({"seed": "1"})]
+    rows = printed(summary_table(client, cells, ["1a2b", "[/3c]"])).splitlines()[-2:]
+    assert [row.split()[0] for row in rows] == ["1a2b", "[/3c]"]
+
+
+def test_the_intervals_before_and_after_do_not_lie_over_each_other(store, tmp_path, monkeypatch):
+    client, add = store
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    summary_figure(client, [add({"seed": seed}, losses=[1.0, 0.9]) for seed in "12"], tmp_path / "x.png")
+    losses, accuracies, *_ = figures[0].axes
+    heights = [bars.lines[0].get_ydata()[0] for bars in accuracies.containers]
+    assert len(set(heights)) == 4 and heights == sorted(heights), "before above after, a cell below another"
+    assert all(tick.is_integer() for tick in losses.get_xticks())
 
 
 def test_a_cell_that_did_not_finish_is_shown_as_what_it_was(store):
