@@ -192,6 +192,11 @@ def submit(params: dict[str, Any], cells: Sequence[Cell]) -> list[str]:
     return ids
 
 
+# Python takes seconds to reach the handlers of Job.run, and a signal before that would kill it: USR2 for good. So they
+# are blocked, to be heard there; or lost, where env is too old for that (coreutils 8.30) and Slurm has to say it twice.
+DEAF = 'trap "" USR2 TERM; block="env --block-signal=USR2,TERM"; $block true 2>/dev/null || block=; exec $block "$@"'
+
+
 def executor(params: dict[str, Any], folder: Path, code: Path | str):
     """Submitit's executor with hydra-submitit-launcher's parameters; jobs import the package from ``code``."""
     import submitit
@@ -201,8 +206,7 @@ def executor(params: dict[str, Any], folder: Path, code: Path | str):
     given = {key: value for key, value in params.items() if key not in ours and value is not None}
     path = f'export PYTHONSAFEPATH=1 PYTHONPATH="{code}"${{PYTHONPATH:+:$PYTHONPATH}}'  # not the current folder first
     given["setup"] = [*given.get("setup", []), path]
-    # Python takes seconds to reach the handlers of Job.run, and would die of what it is told before: of USR2 for good.
-    python = """sh -c 'trap "" USR2 TERM; exec "$@"' sh """ + shlex.quote(sys.executable)
+    python = f"sh -c {shlex.quote(DEAF)} sh {shlex.quote(sys.executable)}"
     auto = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_python=python)
     auto.update_parameters(**{key if key in base else f"slurm_{key}": value for key, value in given.items()})
     return auto
@@ -245,6 +249,7 @@ class Job:
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self.receive)
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
         logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
         job_id = submitit.JobEnvironment().job_id
         self.check_store()
