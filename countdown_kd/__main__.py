@@ -79,4 +79,10 @@ def composed(overrides: list[str]) -> DictConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from countdown_kd.tracking import StoreError
+
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
