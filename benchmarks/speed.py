@@ -23,16 +23,17 @@ from rich.table import Table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side (%(default)s)")
+    rounds = parser.parse_args().rounds
     console = Console()
     device = "cuda" if step.in_a_process(step.has_gpu) else "cpu"
     watched = step.in_a_process(overhead.measure)
     rows = overhead.report(console, watched)
     with tempfile.TemporaryDirectory() as folder:
         cells = step.cells_here(Path(folder))
-        runs = step.collect(cells, rounds=2, steps=20)
+        runs = step.collect(cells, rounds, steps=25)
     rows += step.report(console, cells, runs)
-    sampled = rollouts.collect()
+    sampled = rollouts.collect(rounds)
     rows += rollouts.report(console, sampled)
     losses = loss.collect(device=device)
     rows += loss.report(console, losses, f"{loss.COMPLETIONS} completions, {loss.PADDED:,} columns, {device}")
