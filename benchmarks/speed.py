@@ -1,6 +1,6 @@
 """How fast a step is, and against what: the whole suite, a table and a figure.
 
-    python benchmarks/speed.py           # three quarters of an hour on two CPU cores
+    python benchmarks/speed.py           # half an hour on two CPU cores
 
 The loss alone (loss.py), a whole step by phase (step.py), vLLM's rollouts (rollouts.py), and what watching costs
 (overhead.py); each can be run by itself. On a GPU the same command takes the widths of Qwen2.5-1.5B and Qwen3-4B.
@@ -31,7 +31,7 @@ def main() -> None:
     rows = overhead.report(console, watched)
     with tempfile.TemporaryDirectory() as folder:
         cells = step.cells_here(Path(folder))
-        runs = step.collect(cells, rounds, steps=25)
+        runs = step.collect(cells, rounds, steps=40)
     rows += step.report(console, cells, runs)
     sampled = rollouts.collect(rounds)
     rows += rollouts.report(console, sampled)

@@ -49,7 +49,7 @@ ON_CPU = {
         "gen=hf",
         *REAL,
         "trainer.max_completion_length=64",
-        "trainer.max_steps=6",  # TRL takes a quarter minute each
+        "trainer.max_steps=5",  # TRL takes a third of a minute each
     ),
 }
 LARGE = (
@@ -282,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a cell of one's own, instead of those below")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side (%(default)s)")
-    parser.add_argument("--steps", type=int, default=25, help="of each run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="of each run (%(default)s)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cells = {"this cell": tuple(given.overrides)} if given.overrides else cells_here(Path(folder))
