@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections import Counter
@@ -43,7 +44,7 @@ class RecordSteps(TrainerCallback):
     def __init__(self) -> None:
         self.last_step = 0
         self._waiting: list[Metric] = []
-        self._written_at = time.monotonic()
+        self._written_at = -math.inf  # the first step is shown at once
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if run := mlflow.active_run():

@@ -76,6 +76,7 @@ def test_the_effective_config_tells_the_cells_apart(sweep):
         assert effective["rollout"] == {
             "backend": "hf" if gen == "hf" else "vllm colocate",
             "dtype": "bfloat16" if precision == "bf16" else "float32",
+            "steps_per_rollout": 1,
         }
         assert effective["trainer"]["bf16"] == (precision == "bf16")
         assert effective["student"]["dtypes"] == {"float32": effective["student"]["parameters"]}
