@@ -12,6 +12,8 @@ from countdown_kd.config import ROOT, register_resolvers
 
 # No test may look for a hub; a name that is not a folder here must fail at once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
+# Threads that wait for each other by spinning take ten times as long where two jobs share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 register_resolvers()
 
 
