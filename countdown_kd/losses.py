@@ -320,14 +320,19 @@ class _Distillation(torch.autograd.Function):
             g.scatter_add_(1, merged.tokens[chunk, None], d[:, None])
             gradient.add(merged.positions[chunk], g)
         loss = columns.matched_weight * matched + columns.unmatched_weight * unmatched
-        ctx.save_for_backward(*gradient.parts)
+        ctx.parts = gradient.parts
         ctx.mark_non_differentiable(matched, unmatched)
         return (loss * rows.weight).sum(), matched, unmatched
 
     @staticmethod
     def backward(ctx, grad, *_):
-        parts = [None if part is None else part * grad for part in ctx.saved_tensors]
-        return *parts, *[None] * 7
+        # In place: at 2,000 tokens a copy is gigabytes. So there is one backward pass, as without retain_graph.
+        parts, ctx.parts = ctx.parts, None
+        if parts is None:
+            raise RuntimeError(
+                "the distillation loss has one backward pass; retain_graph=True does not give it another"
+            )
+        return *(None if part is None else part.mul_(grad) for part in parts), *[None] * 7
 
 
 class _Gradient:

@@ -226,3 +226,12 @@ def test_missing_byte_offsets_are_told():
     student, teacher, *rest = batch([[(1, [1, 2]), (1, [1, 2])]], (2, 2), 0, torch.float32, 1.0)
     with pytest.raises(ValueError, match="Byte offsets are required"):
         ULDLoss(config, *(tokenizer(vocabulary) for vocabulary, _ in sides))(student, teacher, *rest[:4])
+
+
+def test_a_second_backward_pass_is_refused():
+    """Its gradient is scaled in place: a second one would be scaled twice."""
+    student = torch.rand(1, 3, 5, requires_grad=True)
+    loss = generalized_jsd_loss(student, torch.rand(1, 3, 5))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
