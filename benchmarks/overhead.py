@@ -71,7 +71,8 @@ def measure() -> dict[str, float]:
     trainer.clock.__class__ = CountingClock
     for name in ("fingerprints", "rollout_lengths"):
         setattr(gold, name, timed("batches and rollouts looked at", getattr(gold, name)))
-    for callback, name in ((RecordSteps(), "metrics to MLflow"), (Checkpoints(trainer), "asked to stop?")):
+    steps = RecordSteps()
+    for callback, name in ((steps, "metrics to MLflow"), (Checkpoints(trainer), "asked to stop?")):
         for event in ("on_log", "on_step_end"):
             setattr(callback, event, timed(name, getattr(callback, event)))
         trainer.add_callback(callback)
@@ -80,7 +81,6 @@ def measure() -> dict[str, float]:
     trainer.add_callback(Stretch())
     with mlflow.start_run(log_system_metrics=False):
         trainer.train()
-        steps = next(each for each in trainer.callback_handler.callbacks if isinstance(each, RecordSteps))
         timed("metrics to MLflow", steps.write)()
     found = {name: seconds / STEPS for name, seconds in spent.items()}
 

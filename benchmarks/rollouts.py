@@ -34,7 +34,6 @@ def measure(steps_per_rollout: int, steps: int) -> dict[str, float]:
     trainer, _ = make_trainer(*overrides)
     trainer.train()
     stale = [each["rollout/staleness"] for each in trainer.state.log_history if "rollout/staleness" in each]
-    seconds = statistics.median(trainer.clock.step_s)
 
     engine, args = trainer.vllm_generation, trainer.args
     every = args.gradient_accumulation_steps  # the loader gives a step's batch once a micro-batch
@@ -58,7 +57,6 @@ def measure(steps_per_rollout: int, steps: int) -> dict[str, float]:
         "sync": statistics.fmean(phases.get("sync", 0.0) for phases in trainer.clock.phase_s),
         "offline": max(rates),
         "staleness": statistics.fmean(stale),
-        "step": seconds,
     }
 
 

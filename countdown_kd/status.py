@@ -66,12 +66,12 @@ def look(client: MlflowClient, run_ids: Sequence[str]) -> tuple[list[Run], str]:
     """
     source = ""
     runs = [client.get_run(run_id) for run_id in run_ids]
-    for run in runs:
+    for i, run in enumerate(runs):
         folder = Path(run.data.tags.get(tracking.FOLDER_TAG, "nowhere"))
         if run.info.status in GOING_ON and tracking.JOB_TAG not in run.data.tags and folder.is_dir():
             if not locked(folder):
                 tracking.end_run(client, run.info.run_id, "KILLED", "killed")
-    runs = [client.get_run(run_id) for run_id in run_ids]
+                runs[i] = client.get_run(run.info.run_id)
     unfinished = [run for run in runs if run.info.status != "FINISHED" and tracking.JOB_TAG in run.data.tags]
     if unfinished:
         source = refresh(client, unfinished)
