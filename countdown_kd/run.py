@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 from trl.experimental.gold import GOLDConfig
+from vllm.distributed import cleanup_dist_env_and_memory
 
 from countdown_kd.cell import STOPPED_FILE, die_with_parent, last_checkpoint, step_of
 from countdown_kd.checkpoint import Checkpoints, Stopped, train
@@ -198,6 +199,10 @@ def main(config_file: str) -> None:
             # Closing it is for whoever started this process: for a moment, a cell that is stopped to go on later
             # would be FAILED, and a launcher that looks at it just then would go home.
             mlflow.end_run("RUNNING")
+    if torch.distributed.is_initialized():
+        # A thread of gloo's that still holds tensors when Python ends aborts the process. This joins them all, vLLM's
+        # or not; only destroying the group does not, as long as anything still holds one.
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

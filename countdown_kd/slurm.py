@@ -69,10 +69,16 @@ def launch(
         )  # fmt: skip
     run_ids: dict[str, str] = {}  # by identity: a cell that is asked for twice runs once
     identities, cells = [], []
+    # In the middle of what MLflow writes, an interrupt would leave the store locked: it is heard between cells. While jobs
+    # are submitted, it would end sbatch too and leave jobs that nobody knows of: it is ignored.
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:
         for number, (cfg, found) in enumerate(
             zip(composed, standings(client, experiment_id, composed), strict=True), initial_job_idx
         ):
+            if heard:
+                break
             identities.append(found.identity)
             if found.what in ("done", "active"):
                 run_ids[found.identity] = found.run.info.run_id
@@ -86,12 +92,11 @@ def launch(
             HydraConfig.instance().cfg = cfg  # for ${hydra:…} in a config
             cells.append(prepare(cfg, cfg.hydra, found))
             run_ids[found.identity] = cells[-1].run_id
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # in between, it would leave jobs that nobody knows of
-        try:
-            for cell, job_id in zip(cells, submit(params, cells), strict=True):
-                client.set_tag(cell.run_id, tracking.JOB_TAG, job_id)
-        finally:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if heard:
+            raise KeyboardInterrupt
+        for cell, job_id in zip(cells, submit(params, cells), strict=True):
+            client.set_tag(cell.run_id, tracking.JOB_TAG, job_id)
     except BaseException as error:
         for run in tracking.cells_of(client, os.environ[tracking.SWEEP_RUN_ID]):
             if run.data.tags.get(tracking.STATE_TAG) == "pending" and tracking.JOB_TAG not in run.data.tags:
@@ -104,6 +109,8 @@ def launch(
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         see_out(client, list(run_ids.values()))
     except KeyboardInterrupt:
