@@ -12,9 +12,11 @@ Three sides run by turns, each run in a process of its own; medians over all ste
     step=trl  our trainer with TRL's arithmetic, which tells the phases
     fast      our trainer as it is by default
 
-All three sample by themselves. That step=fast has step=trl's losses is shown by a second, short pair of runs whose
-sampling is deterministic. On a CPU vLLM cannot run under plain GOLDTrainer, which fails to push weights there. Beside
-the phases stand their floors (roofline.py). Prints a table a cell; writes step.png.
+All three sample by themselves. That step=fast has step=trl's losses is shown by a second, short pair of runs that see
+the same sequences: by deterministic sampling, or on a GPU, where it is not deterministic in bf16, by the data set's. On
+a CPU vLLM cannot run under plain GOLDTrainer, which fails to push weights there. On a GPU gen=hf has a fourth side,
+with a static cache and a compiled decode. Beside the phases stand their floors (roofline.py). Prints a table a cell;
+writes step.png.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ ON_GPU = {
     "1.5B from 4B, 256 tokens, vllm": ("gen=vllm", *LARGE),
 }
 SIDES = {"TRL": ("step=trl",), "step=trl": ("step=trl",), "fast": ("step=fast",)}
+STATIC = "fast, static cache"
 QUIET = {
     "TRL_EXPERIMENTAL_SILENCE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
@@ -103,14 +106,14 @@ def make_trainer(*overrides: str, plain: bool = False):
     return trainer, cfg.gen.dtype
 
 
-def measure(plain: bool, *overrides: str) -> dict:
-    """Seconds of each step and of its phases without the warm-up, the losses, and the floors of the phases."""
+def measure(plain: bool, warmup: int, *overrides: str) -> dict:
+    """Seconds of each step and of its phases but the first ``warmup``, the losses, and the floors of the phases."""
     os.environ |= QUIET
     import torch
     from roofline import floors, measured_ceilings, work_of
     from transformers import TrainerCallback
 
-    from countdown_kd.perf import WARMUP_STEPS, peak_memory_gib
+    from countdown_kd.perf import peak_memory_gib
 
     class Watch(TrainerCallback):
         def __init__(self):
@@ -133,7 +136,7 @@ def measure(plain: bool, *overrides: str) -> dict:
         trainer.add_callback(watch)
     trainer.train()
     found = {
-        "steps": (watch if plain else trainer.clock).step_s[WARMUP_STEPS:],
+        "steps": (watch if plain else trainer.clock).step_s[warmup:],
         "samples": trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
         "losses": [each["loss"] for each in trainer.state.log_history if "loss" in each],
         "peak": peak_memory_gib(),
@@ -143,7 +146,7 @@ def measure(plain: bool, *overrides: str) -> dict:
         dtype = torch.bfloat16 if trainer.args.bf16 else next(trainer.model.parameters()).dtype
         ceilings = measured_ceilings(trainer.accelerator.device.type, dtype)
         found |= {
-            "phases": trainer.clock.phase_s[WARMUP_STEPS:],
+            "phases": trainer.clock.phase_s[warmup:],
             "batches": trainer.batches,
             "ceilings": ceilings,
             "floors": floors(work_of(trainer, rollout_dtype), ceilings),
@@ -175,19 +178,21 @@ def cells_here(folder: Path) -> dict[str, tuple[str, ...]]:
     }
 
 
-def collect(cells: dict[str, tuple[str, ...]], rounds: int, steps: int) -> dict[tuple[str, str], list[dict]]:
-    """Runs by cell and side; under "losses" of a side those of deterministic sampling."""
+def collect(cells: dict[str, tuple[str, ...]], rounds: int, steps: int, warmup: int) -> dict[tuple[str, str], list]:
+    """Runs by cell and side; under "losses" of a side those that see the same sequences as the other."""
     gpu = in_a_process(has_gpu)
-    turns = [(cell, side, True) for cell in cells for _ in range(rounds) for side in SIDES]
-    turns += [(cell, side, False) for cell in cells for side in list(SIDES)[1:]]
+    sides = SIDES | ({STATIC: (*SIDES["fast"], "gen.cache_implementation=static")} if gpu else {})
+    turns = [(cell, side, True) for cell in cells for _ in range(rounds) for side in sides]
+    turns += [(cell, side, False) for cell in cells for side in ("step=trl", "fast")]
     runs: dict[tuple[str, str], list[dict]] = {}
     for cell, side, timed in track(turns, "steps by turns"):
-        if side == "TRL" and "gen=vllm" in cells[cell] and not gpu:
+        if "gen=vllm" in cells[cell] and (side == STATIC or (side == "TRL" and not gpu)):
             continue
-        overrides = [f"trainer.max_steps={steps if timed else 6}", *cells[cell], *SIDES[side]]
-        overrides += [] if timed else ["trainer.top_k=1"]
+        overrides = [f"trainer.max_steps={steps if timed else 6}", *cells[cell], *sides[side]]
+        overrides += [] if timed else ["trainer.lmbda=0.0" if gpu else "trainer.top_k=1"]
         name = side if timed else f"{side}, losses"
-        runs.setdefault((cell, name), []).append(in_a_process(measure, side == "TRL", *overrides))
+        run = in_a_process(measure, side == "TRL", warmup if timed else 0, *overrides)
+        runs.setdefault((cell, name), []).append(run)
     return runs
 
 
@@ -245,9 +250,12 @@ def report(console: Console, cells, runs: dict[tuple[str, str], list[dict]]) -> 
         pairs = list(zip(trl["losses"], ours["losses"], strict=True))[:same]
         apart = max((abs(a - b) / abs(a) for a, b in pairs), default=0)
         console.print(
-            f"with top_k=1: the same rollouts in {same} of {len(trl['batches'])} steps, whose losses differ by "
+            f"the same sequences in {same} of {len(trl['batches'])} steps: their losses differ by "
             f"{apart:.0e} of their value at most"
         )
+        if (cell, STATIC) in runs:
+            static = step_s(runs[cell, STATIC])
+            console.print(f"{STATIC}: {static:.4f} s a step, ratio {step_s(plain) / static:.2f}")
         console.print(f"ceilings: {ceilings.flops / 1e12:.3g} TFLOP/s, {ceilings.bytes / 1e9:.0f} GB/s\n")
         name = f"samples/s, {cell}" + ("" if "TRL" in sides else " (TRL: step=trl)")
         rows.append((name, f"{samples / step_s(plain):.1f}", f"{samples / medians['fast']:.1f}", f"{ratio:.2f}"))
@@ -283,10 +291,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a cell of one's own, instead of those below")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side (%(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="of each run (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="of them left out (%(default)s)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cells = {"this cell": tuple(given.overrides)} if given.overrides else cells_here(Path(folder))
-        runs = collect(cells, given.rounds, given.steps)
+        runs = collect(cells, given.rounds, given.steps, given.warmup)
     report(Console(), cells, runs)
 
     from matplotlib.figure import Figure

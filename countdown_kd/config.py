@@ -159,9 +159,10 @@ def _problems(cfg: DictConfig) -> Iterator[str]:
     for key, off in (("chunked_logits", "false"), ("teacher_batch_size", "null")):
         if step[key] and not step.fused_loss:
             yield f"step.{key}={step[key]}: TRL's loss wants whole logits. Set step.{key}={off} or step.fused_loss=true"
-    size = step.teacher_batch_size
-    if size is not None and not (isinstance(size, int) and size > 0):
-        yield f"step.teacher_batch_size={size}: it must be a positive integer, or null"
+    for key in ("teacher_batch_size", "student_batch_size"):
+        size = step[key]
+        if size is not None and not (isinstance(size, int) and size > 0):
+            yield f"step.{key}={size}: it must be a positive integer, or null"
 
     for group in ("model", "teacher"):
         yield from _model_problems(group, cfg[group].pretrained_model_name_or_path)

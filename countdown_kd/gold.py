@@ -6,7 +6,7 @@
 2. vLLM's engine is ours (engine.py), which samples in the rollout dtype.
 3. The steps are timed by phase, and the on-policy draws, rollout lengths and truncations recorded.
 4. With ``step=fast`` a step is computed in less time and memory, with the same losses: no logits where no loss reads
-   them, our form of the losses, the teacher and the rollouts in larger batches (conf/step/fast.yaml).
+   them, our form of the losses, models and rollouts in larger batches (conf/step/fast.yaml).
 5. With ``gen.steps_per_rollout`` above 1 the rollouts of several optimizer steps are sampled at once.
 """
 
@@ -20,7 +20,9 @@ from itertools import islice
 from unittest import mock
 
 import torch
+from accelerate import DistributedType
 from omegaconf import DictConfig
+from torch.nn.functional import pad
 from transformers import set_seed
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.gold.gold_trainer import build_teacher_inputs_from_texts
@@ -48,6 +50,10 @@ class CountdownTrainer(GOLDTrainer):
         self.steps_per_rollout = gen.steps_per_rollout
         self._later: deque[list[dict]] = deque()  # batches of the steps that the present rollouts are for too
         self._rollouts: dict[int, tuple[int, list, list]] = {}  # by step: when sampled, inputs and texts
+        # Of micro-batches that share a pass of the student: its outputs, each with the copy that gathers the gradient
+        # of its loss; and how many losses are to come.
+        self._shared: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._to_come = 0
         self.draws: list[list[bool]] = []
         self.batches: list[list[tuple[str, str]]] = []
         # TRL builds its own engine where use_vllm is set; ours takes its place.
@@ -85,7 +91,13 @@ class CountdownTrainer(GOLDTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self.clock.phase("backward"):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._to_come -= 1
+            if self._shared and not self._to_come:
+                outputs, leaves = zip(*self._shared, strict=True)
+                self._shared = []
+                torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
+            return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         micro_batches = self.args.gradient_accumulation_steps if self.step.average_micro_batches else 1
@@ -93,8 +105,8 @@ class CountdownTrainer(GOLDTrainer):
             # The loader gives a step's batch once a micro-batch, and Trainer counts its tokens each time.
             num_items_in_batch = num_items_in_batch / micro_batches
         with self.clock.phase("loss"):
-            step = self.step
-            if step.completion_logits or step.chunked_logits or step.teacher_batch_size or not step.empty_cache:
+            ours = ("completion_logits", "chunked_logits", "teacher_batch_size", "student_batch_size")
+            if any(self.step[key] for key in ours) or not self.step.empty_cache:
                 loss, outputs = self._compute_loss(model, inputs, num_items_in_batch), None
             else:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -104,15 +116,18 @@ class CountdownTrainer(GOLDTrainer):
 
     def _compute_loss(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         """What GOLDTrainer.compute_loss computes of text, without what it does not need."""
+        # This micro-batch and those of the step that come after it.
+        window = [each for each in self._buffered_inputs or [] if isinstance(each, dict)]
+        place = next((i for i, each in enumerate(window) if each is inputs), None)
+        window = [inputs] if place is None else window[place:]
         if "_teacher" not in inputs:
-            window = [each for each in self._buffered_inputs or [] if isinstance(each, dict)]
-            asked = self.step.teacher_batch_size and self.use_uld_loss and any(each is inputs for each in window)
-            self._ask_teacher(window if asked else [inputs])
+            self._ask_teacher(window if self.step.teacher_batch_size and self.use_uld_loss else [inputs])
+        if "_student" not in inputs:
+            self._ask_student(model, window)
         teacher, *teachers = inputs.pop("_teacher")
-        ids, labels = inputs["input_ids"], inputs["labels"]
-        columns = self._columns(labels)
-        student = self._logits(model, ids, inputs["attention_mask"], columns, self.step.chunked_logits)
-        ids, labels = ids[:, -columns:], labels[:, -columns:]
+        student = inputs.pop("_student")
+        columns = self._columns(inputs["labels"])
+        ids, labels = (inputs[key][:, -columns:] for key in ("input_ids", "labels"))
         # Where the output layer is part of the loss, it computes in the precision that it has inside the model.
         with self.accelerator.autocast():
             if not self.use_uld_loss:
@@ -139,6 +154,27 @@ class CountdownTrainer(GOLDTrainer):
         if self.step.empty_cache:
             empty_cache()
         return loss
+
+    def _ask_student(self, model, window: list[dict]) -> None:
+        """Lay the student's logits beside the inputs of the first micro-batch, or of the first few."""
+        size, alone = self.step.student_batch_size, self.accelerator.distributed_type == DistributedType.NO
+        few = window[: max(1, (size or 0) // len(window[0]["input_ids"]))] if alone and model.training else window[:1]
+        width = max(inputs["input_ids"].shape[1] for inputs in few)
+        ids, mask, labels = (
+            torch.cat([pad(each[key], (width - each[key].shape[1], 0), value=fill) for each in few])
+            for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+        )
+        found = self._logits(model, ids, mask, self._columns(labels), self.step.chunked_logits)
+        hidden = isinstance(found, Hidden)
+        rows = (found.states if hidden else found).split([len(inputs["input_ids"]) for inputs in few])
+        outputs = [part[:, -self._columns(inputs["labels"]) :] for inputs, part in zip(few, rows, strict=True)]
+        if len(few) > 1:
+            # A loss goes back to here alone; after the last one all gradients go through the student at once.
+            leaves = [output.detach().requires_grad_() for output in outputs]
+            self._shared, self._to_come = list(zip(outputs, leaves, strict=True)), len(few)
+            outputs = leaves
+        for inputs, output in zip(few, outputs, strict=True):
+            inputs["_student"] = Hidden(output, found.weight) if hidden else output
 
     @torch.no_grad()
     def _ask_teacher(self, micro_batches: list[dict]) -> None:

@@ -69,8 +69,8 @@ def launch(
         )  # fmt: skip
     run_ids: dict[str, str] = {}  # by identity: a cell that is asked for twice runs once
     identities, cells = [], []
-    # In the middle of what MLflow writes, an interrupt would leave the store locked: it is heard between cells. While jobs
-    # are submitted, it would end sbatch too and leave jobs that nobody knows of: it is ignored.
+    # In the middle of what MLflow writes, an interrupt would leave the store locked: it is heard between cells. While
+    # jobs are submitted, it would end sbatch too and leave jobs that nobody knows of: it is ignored.
     heard: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     try:

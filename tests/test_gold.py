@@ -84,6 +84,12 @@ SAME = {
     "step.cast_once=true precision=bf16": 0.0,
     "step.inference_mode=true": 0.0,
     "step.fused_loss=true step.teacher_batch_size=3": 1e-5,
+    "step.student_batch_size=8": 1e-5,
+    "step=fast step.student_batch_size=8": 1e-5,
+    "step=fast step.student_batch_size=8 step.chunked_logits=true": 1e-5,
+    "step=fast step.student_batch_size=8 trainer.use_uld_loss=false": 1e-5,
+    "step=fast step.student_batch_size=8 precision=bf16": 2e-2,
+    "step=fast step.student_batch_size=8 trainer.gradient_checkpointing=true": 1e-5,
 }
 
 
@@ -107,6 +113,19 @@ def test_a_fast_step_is_trls(tmp_path, overrides):
         for key in ("loss", "grad_norm", *(set(trls) & {"matched_loss", "unmatched_loss"})):
             rounded = 1e-4 if "matched" in key else 0  # TRL writes four digits
             assert ours[key] == pytest.approx(trls[key], rel=SAME[overrides], abs=rounded)
+
+
+@pytest.mark.parametrize(("size", "passes"), [("null", 3), (3, 3), (4, 2), (64, 1)])
+def test_micro_batches_share_a_pass_of_the_student(tmp_path, size, passes):
+    """Three micro-batches of two sequences; at four sequences a pass the last is left alone."""
+    trainer = make_trainer(
+        tmp_path, "trainer.gradient_accumulation_steps=3", "trainer.per_device_train_batch_size=2",
+        "trainer.lmbda=0.0", "trainer.max_steps=2", f"step.student_batch_size={size}",
+    )  # fmt: skip
+    seen = []
+    trainer.model.register_forward_hook(lambda model, args, kwargs, out: seen.append(out), with_kwargs=True)
+    trainer.train()
+    assert len(seen) == 2 * passes
 
 
 @pytest.mark.parametrize("kind", ["step.rollouts_together=true", "gen.cache_implementation=static"])
