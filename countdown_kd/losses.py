@@ -29,7 +29,8 @@ from trl.experimental.gold import GOLDTrainer
 from trl.experimental.gold.gold_trainer import ULDLoss as TRLsULDLoss
 
 EPS = 1e-8  # below it TRL cuts probabilities off
-CHUNK = {"cpu": 2**21, "cuda": 2**27}  # numbers in a chunk of logits: on the CPU what its caches hold
+CHUNK = {"cpu": 2**20, "cuda": 2**27}  # numbers in a chunk of logits: on the CPU what its caches hold
+CHUNK_OF_HIDDEN = CHUNK | {"cpu": 2**22}  # of which each reads the output layer's weights
 
 
 class Hidden(NamedTuple):
@@ -293,7 +294,7 @@ class _Distillation(torch.autograd.Function):
         teacher_scale, _ = _merge(teacher, rows.teacher_merged, len(rows.weight), eps, teacher_temperature)
         scale, kept = _merge(student, rows.student_merged, len(rows.weight), eps, student_temperature)
         matched, unmatched, totals = (torch.zeros_like(scale) for _ in range(3))
-        for chunk in _chunks(torch.arange(len(rows.weight), device=rows.weight.device), student):
+        for chunk in _chunks(torch.arange(len(rows.weight), device=rows.weight.device), student, teacher):
             s = _logits(student, rows.student[chunk], student_temperature).log_softmax(-1)
             t = _logits(teacher, rows.teacher[chunk], teacher_temperature).log_softmax(-1)
             g = torch.zeros_like(s)
@@ -302,16 +303,16 @@ class _Distillation(torch.autograd.Function):
             if _any(columns.student_matched):
                 part, d = _jsd(s[:, columns.student_matched], t[:, columns.teacher_matched], *scales, beta, eps)
                 matched[chunk] = part
-                _put(g, columns.student_matched, d.mul_(row_weight * columns.matched_weight))
+                _put(g, columns.student_matched, d, row_weight * columns.matched_weight)
             probabilities = s.exp_()
             if _any(columns.student_unmatched):
                 a, b = probabilities[:, columns.student_unmatched], t[:, columns.teacher_unmatched].exp()
                 part, d = _by_rank(*(each * factor.exp() for each, factor in zip((a, b), scales, strict=True)))
                 unmatched[chunk] = part
-                _put(g, columns.student_unmatched, d.mul_(row_weight * columns.unmatched_weight))
+                _put(g, columns.student_unmatched, d, row_weight * columns.unmatched_weight)
             totals[chunk] = g.sum(-1)
             g.addcmul_(probabilities, totals[chunk, None], value=-1)
-            gradient.add(rows.student[chunk], g.div_(student_temperature))
+            gradient.add(rows.student[chunk], g if student_temperature == 1 else g.div_(student_temperature))
         merged = rows.student_merged
         for chunk in _chunks(torch.arange(len(merged.rows), device=merged.rows.device), student):
             probabilities = _logits(student, merged.positions[chunk], student_temperature).softmax(-1)
@@ -414,9 +415,10 @@ def _merge(logits: Logits, merged: Merged, rows: int, eps: float, temperature: f
 def _logits(logits: Logits, positions: torch.Tensor, temperature: float) -> torch.Tensor:
     """(positions, vocabulary) in fp32, divided by the temperature."""
     if isinstance(logits, torch.Tensor):
-        return _at(logits, positions).float().div_(temperature)
-    states = _at(logits.states, positions)
-    return F.linear(states.to(logits.weight.dtype), logits.weight).float().div_(temperature)
+        rows = _at(logits, positions)
+    else:
+        rows = F.linear(_at(logits.states, positions).to(logits.weight.dtype), logits.weight)
+    return rows.float() if temperature == 1 else rows.float().div_(temperature)
 
 
 def _as_autocast(logits: Logits) -> Logits:
@@ -431,15 +433,17 @@ def _at(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return tensor[positions // tensor.shape[1], positions % tensor.shape[1]]
 
 
-def _chunks(rows: torch.Tensor, logits: Logits) -> Iterator[torch.Tensor]:
-    return iter(rows.split(max(1, CHUNK[rows.device.type] // _size(logits)))) if len(rows) else iter(())
+def _chunks(rows: torch.Tensor, *logits: Logits) -> Iterator[torch.Tensor]:
+    numbers = CHUNK_OF_HIDDEN if any(isinstance(each, Hidden) for each in logits) else CHUNK
+    return iter(rows.split(max(1, numbers[rows.device.type] // _size(logits[0])))) if len(rows) else iter(())
 
 
-def _put(g: torch.Tensor, columns: torch.Tensor | slice, values: torch.Tensor) -> None:
+def _put(g: torch.Tensor, columns: torch.Tensor | slice, values: torch.Tensor, weight: torch.Tensor) -> None:
+    """``weight`` times ``values`` into columns of ``g``."""
     if isinstance(columns, slice):
-        g[:, columns] = values
+        torch.mul(values, weight, out=g[:, columns])
     else:
-        g.index_copy_(1, columns, values)
+        g.index_copy_(1, columns, values.mul_(weight))
 
 
 def _any(columns: torch.Tensor | slice) -> bool:

@@ -119,6 +119,7 @@ def test_uld_is_trls(config, sides, texts, seed, sharp, chunk):
     trls, ours = made(config, sides, *arguments)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(losses.CHUNK, "cpu", chunk)
+        patch.setitem(losses.CHUNK_OF_HIDDEN, "cpu", chunk)
         assert_close(both(ours, *arguments), both(trls, *arguments))
     for name in ("last_matched_loss", "last_unmatched_loss"):
         assert hasattr(ours, name) == hasattr(trls, name)
@@ -162,6 +163,7 @@ def test_uld_without_whole_logits_has_the_same_gradients(config, sides, texts, s
     expected = torch.autograd.grad(whole, heads[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(losses.CHUNK, "cpu", chunk)
+        patch.setitem(losses.CHUNK_OF_HIDDEN, "cpu", chunk)
         loss = ours(*heads, *rest)
         gradients = torch.autograd.grad(loss, heads[0], allow_unused=True)
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5, abs=1e-6)
@@ -191,6 +193,7 @@ def test_jsd_is_trls(shape, seed, beta, temperature, reduction, items, masked, c
     arguments = (teacher, labels, beta, temperature, reduction, False, items)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(losses.CHUNK, "cpu", chunk)
+        patch.setitem(losses.CHUNK_OF_HIDDEN, "cpu", chunk)
         ours = both(generalized_jsd_loss, student, *arguments)
     assert_close(ours, both(GOLDTrainer.generalized_jsd_loss, student, *arguments))
 
