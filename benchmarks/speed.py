@@ -31,8 +31,7 @@ def main() -> None:
     rows = overhead.report(console, watched)
     with tempfile.TemporaryDirectory() as folder:
         cells = step.cells_here(Path(folder))
-        # On a GPU a step takes seconds, and the first of them holds all that is slow once.
-        runs = step.collect(cells, rounds, *((40, 3) if device == "cpu" else (6, 1)))
+        runs = step.collect(cells, rounds)
     rows += step.report(console, cells, runs)
     sampled = rollouts.collect(rounds)
     rows += rollouts.report(console, sampled)

@@ -178,9 +178,14 @@ def cells_here(folder: Path) -> dict[str, tuple[str, ...]]:
     }
 
 
-def collect(cells: dict[str, tuple[str, ...]], rounds: int, steps: int, warmup: int) -> dict[tuple[str, str], list]:
+def collect(
+    cells: dict[str, tuple[str, ...]], rounds: int, steps: int | None = None, warmup: int | None = None
+) -> dict[tuple[str, str], list[dict]]:
     """Runs by cell and side; under "losses" of a side those that see the same sequences as the other."""
     gpu = in_a_process(has_gpu)
+    # On a GPU a step takes seconds, and the first of them holds all that is slow once.
+    steps = (6 if gpu else 40) if steps is None else steps
+    warmup = (1 if gpu else 3) if warmup is None else warmup
     sides = SIDES | ({STATIC: (*SIDES["fast"], "gen.cache_implementation=static")} if gpu else {})
     turns = [(cell, side, True) for cell in cells for _ in range(rounds) for side in sides]
     turns += [(cell, side, False) for cell in cells for side in ("step=trl", "fast")]
@@ -290,8 +295,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="a cell of one's own, instead of those below")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each side (%(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="of each run (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="of them left out (%(default)s)")
+    parser.add_argument("--steps", type=int, help="of each run (40; on a GPU 6)")
+    parser.add_argument("--warmup", type=int, help="of them left out (3; on a GPU 1)")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cells = {"this cell": tuple(given.overrides)} if given.overrides else cells_here(Path(folder))

@@ -51,9 +51,8 @@ class CountdownTrainer(GOLDTrainer):
         self._later: deque[list[dict]] = deque()  # batches of the steps that the present rollouts are for too
         self._rollouts: dict[int, tuple[int, list, list]] = {}  # by step: when sampled, inputs and texts
         # Of micro-batches that share a pass of the student: its outputs, each with the copy that gathers the gradient
-        # of its loss; and how many losses are to come.
+        # of its loss.
         self._shared: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._to_come = 0
         self.draws: list[list[bool]] = []
         self.batches: list[list[tuple[str, str]]] = []
         # TRL builds its own engine where use_vllm is set; ours takes its place.
@@ -92,8 +91,7 @@ class CountdownTrainer(GOLDTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self.clock.phase("backward"):
             loss = super().training_step(model, inputs, num_items_in_batch)
-            self._to_come -= 1
-            if self._shared and not self._to_come:
+            if self._shared and not any("_student" in each for each in self._buffered_inputs):
                 outputs, leaves = zip(*self._shared, strict=True)
                 self._shared = []
                 torch.autograd.backward(outputs, [leaf.grad for leaf in leaves])
@@ -126,7 +124,7 @@ class CountdownTrainer(GOLDTrainer):
             self._ask_student(model, window)
         teacher, *teachers = inputs.pop("_teacher")
         student = inputs.pop("_student")
-        columns = self._columns(inputs["labels"])
+        columns = (student.states if isinstance(student, Hidden) else student).shape[1]
         ids, labels = (inputs[key][:, -columns:] for key in ("input_ids", "labels"))
         # Where the output layer is part of the loss, it computes in the precision that it has inside the model.
         with self.accelerator.autocast():
@@ -160,18 +158,19 @@ class CountdownTrainer(GOLDTrainer):
         size, alone = self.step.student_batch_size, self.accelerator.distributed_type == DistributedType.NO
         few = window[: max(1, (size or 0) // len(window[0]["input_ids"]))] if alone and model.training else window[:1]
         width = max(inputs["input_ids"].shape[1] for inputs in few)
-        ids, mask, labels = (
-            torch.cat([pad(each[key], (width - each[key].shape[1], 0), value=fill) for each in few])
-            for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+        ids, mask = (
+            torch.cat([pad(inputs[key], (width - inputs[key].shape[1], 0)) for inputs in few])
+            for key in ("input_ids", "attention_mask")
         )
-        found = self._logits(model, ids, mask, self._columns(labels), self.step.chunked_logits)
+        columns = [self._columns(inputs["labels"]) for inputs in few]
+        found = self._logits(model, ids, mask, max(columns), self.step.chunked_logits)
         hidden = isinstance(found, Hidden)
         rows = (found.states if hidden else found).split([len(inputs["input_ids"]) for inputs in few])
-        outputs = [part[:, -self._columns(inputs["labels"]) :] for inputs, part in zip(few, rows, strict=True)]
+        outputs = [part[:, -own:] for part, own in zip(rows, columns, strict=True)]
         if len(few) > 1:
             # A loss goes back to here alone; after the last one all gradients go through the student at once.
             leaves = [output.detach().requires_grad_() for output in outputs]
-            self._shared, self._to_come = list(zip(outputs, leaves, strict=True)), len(few)
+            self._shared = list(zip(outputs, leaves, strict=True))
             outputs = leaves
         for inputs, output in zip(few, outputs, strict=True):
             inputs["_student"] = Hidden(output, found.weight) if hidden else output
