@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.experimental.gold import GOLDConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
+from vllm.model_executor.layers import utils as layer_utils
 
 
 class VLLM(VLLMGeneration):
@@ -30,27 +31,27 @@ class VLLM(VLLMGeneration):
             # sampler is compiled whatever enforce_eager says.
             self.llm_arguments["enforce_eager"] = True
             torch._dynamo.config.disable = True
-        engine = vllm_generation.LLM
-        with mock.patch.object(vllm_generation, "LLM", lambda **theirs: engine(**(theirs | self.llm_arguments))):
+        engine, pack = vllm_generation.LLM, layer_utils.dispatch_cpu_unquantized_gemm
+        # On the CPU vLLM packs the weights of linear layers and lets go of them: there would be nothing to load into.
+        kept = mock.patch.object(
+            layer_utils, "dispatch_cpu_unquantized_gemm", lambda layer, remove_weight: pack(layer, remove_weight=False)
+        )
+        ours = mock.patch.object(vllm_generation, "LLM", lambda **theirs: engine(**(theirs | self.llm_arguments)))
+        with kept, ours:
             super()._init_vllm()
 
     def sync_weights(self):
-        on_cpu = self.accelerator.device.type == "cpu"
-        if self.mode == "server" or self.enable_sleep_mode or not (on_cpu or self.one_weight_push):
+        if self.mode == "server" or self.enable_sleep_mode:
             return super().sync_weights()
-        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
-        if not on_cpu:
-            runner.get_model().load_weights(self._iter_named_params())
+        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.get_model()
+        if self.one_weight_push:
+            model.load_weights(self._iter_named_params())
             self.llm.reset_prefix_cache()
-            return
-        # On the CPU vLLM packs linear layers when it loads them, and load_weights, which TRL calls, fails on packed
-        # ones. reload_weights unpacks, loads all and packs again.
-        runner.reload_weights(weights_iterator=self._iter_named_params())
-        if self.model.config.tie_word_embeddings:
-            # A tied output layer has no weights of its own to load, yet a packed copy, which would stay as it was.
-            head = runner.get_model().lm_head
-            head.quant_method.process_weights_after_loading(head)
-        self.llm.reset_prefix_cache()
+        else:
+            super().sync_weights()
+        for layer in model.modules():
+            if hasattr(layer, "cpu_linear"):  # a packed one, which computes with the weights of before
+                layer_utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
 
 
 def make_vllm(
