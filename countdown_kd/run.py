@@ -72,6 +72,8 @@ def run(cfg: DictConfig) -> None:
         processing_class=tokenizer,
         callbacks=[steps := RecordSteps()],
     )
+    if (gpus := torch.cuda.device_count()) > args.world_size and not trainer.is_model_parallel:
+        log.warning("training on %d of the %d GPUs here; dist=ddp trains on all of them", args.world_size, gpus)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
     trainer.add_callback(Checkpoints(trainer))
@@ -184,7 +186,8 @@ def main(config_file: str) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     leave_signals_to_the_launcher()
     if is_rank_0:
-        mlflow.start_run(log_system_metrics=False)
+        # summary.idle_gpus reads them. Without a GPU, whoever wants MLflow's system metrics sets its own variable.
+        mlflow.start_run(log_system_metrics=torch.cuda.is_available() or None)
     try:
         run(cfg)
     except Stopped as stopped:

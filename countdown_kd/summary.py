@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from countdown_kd.tracking import FOLDER_TAG, JOB_TAG, STATE_TAG, ui_command
 
 MOST_LOGS = 10  # how many dead cells' logs a summary shows the end of
 LAST_STEPS = 10  # the final loss is their mean: on- and off-policy steps differ several-fold
+FEWEST_LOOKS = 6  # at a GPU, ten seconds apart: fewer say nothing of how busy it was
+BUSY = 50  # per cent of the time; below it a GPU waits more than it works
 
 # Okabe and Ito's palette, told apart with every kind of colour vision; and one colour a phase, sampling in warm
 # colours, models in cold ones.
@@ -51,9 +54,13 @@ def show(
         f"loss: mean of the last {LAST_STEPS} steps; s/it: median, without warm-up; solved: Wilson 95 % interval",
         style="dim",
     )
+    names = swept_params(cells)
+    for cell in cells:
+        if sentence := idle_gpus(client, cell):
+            console.print(f"\n{cell_label(cell, names)}: {sentence}", style="yellow", markup=False, highlight=False)
     dead = [cell for cell in cells if cell.info.status in ("FAILED", "KILLED") and last_lines(log_of(cell))]
     for cell in dead[:MOST_LOGS]:
-        show_death(console, cell, cell_label(cell, swept_params(cells)))
+        show_death(console, cell, cell_label(cell, names))
     if len(dead) > MOST_LOGS:
         console.print(
             f"\n… and {len(dead) - MOST_LOGS} more; python -m countdown_kd status names their logs", style="dim"
@@ -115,6 +122,43 @@ def final_loss(client: MlflowClient, cell: Run) -> float | None:
     history = client.get_metric_history(cell.info.run_id, "train/loss")
     last = sorted(history, key=lambda metric: metric.step)[-LAST_STEPS:]
     return statistics.fmean(metric.value for metric in last) if last else None
+
+
+def idle_gpus(client: MlflowClient, cell: Run) -> str:
+    """What to do about GPUs that waited while the cell trained; empty where they worked, or were not watched.
+
+    MLflow asks the driver every ten seconds in what share of the last moment a GPU ran any kernel at all (NVML's
+    ``utilization.gpu``), so a GPU that is busy may still be filled badly. All GPUs that the node shows us are watched.
+    """
+    steps = [metric.timestamp for metric in client.get_metric_history(cell.info.run_id, "train/loss")]
+    busy = {}
+    for name in sorted(cell.data.metrics):
+        if gpu := re.fullmatch(r"system/gpu_(\d+)_utilization_percentage", name):
+            looks = client.get_metric_history(cell.info.run_id, name)
+            shares = [look.value for look in looks if min(steps, default=0) <= look.timestamp <= max(steps, default=0)]
+            if len(shares) >= FEWEST_LOOKS:
+                busy[gpu[1]] = statistics.fmean(shares)
+    idle = [share for share in busy.values() if share < 1]
+    waiting = [share for share in busy.values() if 1 <= share < BUSY]
+    sentences = []
+    if idle:
+        remedy = "" if cell.data.params.get("dist") == "ddp" else "; dist=ddp trains on all that it is given"
+        sentences.append(f"{len(idle)} of {len(busy)} GPUs did nothing while it trained{remedy}.")
+    if waiting:
+        phases = {phase: cell.data.metrics.get(f"perf/phase/{phase}_s", 0.0) for phase in PHASE_COLOURS}
+        longest = max(phases, key=phases.get)
+        if longest == "generate" and cell.data.params.get("gen") == "hf":
+            remedy = "gen=vllm samples faster"
+        elif longest == "generate":
+            remedy = "a larger batch or gen.steps_per_rollout gives it more to sample at once"
+        else:
+            remedy = "a larger trainer.per_device_train_batch_size gives it more to do at once"
+        shares = " to ".join(dict.fromkeys(f"{share:.0f}%" for share in (min(waiting), max(waiting))))
+        sentences.append(
+            f"{'A GPU' if len(waiting) == 1 else f'{len(waiting)} GPUs'} worked {shares} of the time; "
+            f"{phases[longest] / (sum(phases.values()) or 1):.0%} of a step is {longest}: {remedy}."
+        )
+    return " ".join(sentences)
 
 
 def summary_table(client: MlflowClient, cells: list[Run], labels: Sequence[str] | None = None) -> Table:

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import open_dict
 from transformers import TrainerCallback
+from trl.experimental.gold import GOLDConfig
 
 from countdown_kd import perf
 from countdown_kd.cell import STOP_FILE, last_checkpoint
@@ -253,6 +254,19 @@ def test_no_logits_are_computed_at_the_prompt(tmp_path):
         trainer.model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
         trainer.train()
     assert seen[1] < 0.7 * seen[0]
+
+
+def test_a_process_that_sees_two_gpus_trains_on_one(tmp_path, monkeypatch, trained):
+    made = GOLDConfig.__post_init__
+
+    def on_two_gpus(self):
+        made(self)
+        self._n_gpu = 2  # as Trainer finds them, without ranks
+
+    monkeypatch.setattr(GOLDConfig, "__post_init__", on_two_gpus)
+    trainer = make_trainer(tmp_path, "trainer.gradient_accumulation_steps=2")
+    trainer.train()
+    assert losses(trainer) == losses(trained)
 
 
 def test_draws_depend_on_seed_and_step_alone(tmp_path, trained):

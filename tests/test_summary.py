@@ -1,12 +1,18 @@
 """The table and figure that end a sweep, over a real store with made-up runs."""
 
+import sys
+import time
+from types import SimpleNamespace
+
+import mlflow
 import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.system_metrics.metrics import gpu_monitor
 from rich.console import Console
 
-from countdown_kd.summary import show, summary_figure, summary_table, swept_params
+from countdown_kd.summary import FEWEST_LOOKS, idle_gpus, show, summary_figure, summary_table, swept_params
 
 METRICS = {
     "perf/s_per_it": 1.234,
@@ -124,3 +130,93 @@ def test_the_end_of_a_sweep_names_the_figure_and_the_way_to_the_ui(store, tmp_pa
     assert f"{tmp_path}/summary.png" in out
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in out
     assert [file.path for file in client.list_artifacts(cells[0].info.run_id)] == ["summary.png"]
+
+
+class Driver:
+    """As much of pynvml as MLflow asks, for GPUs that are busy by these shares; a machine without a driver has none."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self, *busy):
+        self.busy = busy
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetCount(self):
+        return len(self.busy)
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, gpu):
+        return SimpleNamespace(used=1, total=2)
+
+    def nvmlDeviceGetUtilizationRates(self, gpu):
+        return SimpleNamespace(gpu=self.busy[gpu])
+
+    def nvmlDeviceGetPowerUsage(self, gpu):
+        return 100
+
+    nvmlDeviceGetEnforcedPowerLimit = nvmlDeviceGetPowerUsage
+
+
+@pytest.fixture
+def watched(store, monkeypatch, tmp_path):
+    """A run during which MLflow itself has watched the GPUs."""
+    client, _ = store
+
+    def run(params, busy, steps=True):
+        monkeypatch.setitem(sys.modules, "pynvml", driver := Driver(*busy))
+        monkeypatch.setattr(gpu_monitor, "pynvml", driver, raising=False)
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.02")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+        with mlflow.start_run(experiment_id="1", log_system_metrics=True) as active:
+            mlflow.log_params(params)
+            mlflow.log_metrics({"perf/phase/generate_s": 0.9, "perf/phase/backward_s": 0.1})
+            if steps:
+                mlflow.log_metric("train/loss", 1.0, step=1)
+                looks = "system/gpu_0_utilization_percentage"
+                while len(client.get_metric_history(active.info.run_id, looks)) < 2 * FEWEST_LOOKS:
+                    time.sleep(0.05)
+                mlflow.log_metric("train/loss", 1.0, step=2)
+        return client.get_run(active.info.run_id)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("params", "busy", "sentence"),
+    [
+        (
+            {"gen": "hf", "dist": "single"},
+            [21, 0, 0, 0],
+            "3 of 4 GPUs did nothing while it trained; dist=ddp trains on all that it is given. "
+            "A GPU worked 21% of the time; 90% of a step is generate: gen=vllm samples faster.",
+        ),
+        (
+            {"gen": "vllm", "dist": "ddp"},
+            [30, 40, 0],
+            "1 of 3 GPUs did nothing while it trained. 2 GPUs worked 30% to 40% of the time; 90% of a step is "
+            "generate: a larger batch or gen.steps_per_rollout gives it more to sample at once.",
+        ),
+        ({"gen": "hf", "dist": "single"}, [80], ""),
+    ],
+)
+def test_gpus_that_stand_idle_are_told_of(watched, store, params, busy, sentence):
+    client, _ = store
+    assert idle_gpus(client, watched(params, busy)) == sentence
+
+
+def test_what_gpus_do_outside_training_is_no_ones_fault(watched, store):
+    client, _ = store
+    assert idle_gpus(client, watched({"gen": "hf"}, [0], steps=False)) == ""
+
+
+def test_idle_gpus_are_told_of_below_the_table(watched, store, tmp_path, capsys):
+    client, _ = store
+    cells = [watched({"gen": gen, "dist": "single"}, [0, 90]) for gen in ("hf", "vllm")]
+    show(client, cells, "sqlite:///x.db", tmp_path)
+    text = " ".join(capsys.readouterr().out.split())
+    for gen in ("hf", "vllm"):
+        assert f"gen={gen}: 1 of 2 GPUs did nothing while it trained; dist=ddp" in text
