@@ -157,6 +157,8 @@ def report(console: Console, found: dict[tuple[str, int], dict[str, float]], tit
 
 def draw(figure_axes, found: dict[tuple[str, int], dict[str, float]]) -> None:
     """Into two axes: time, and memory."""
+    from matplotlib.ticker import LogLocator
+
     for axes, title in zip(figure_axes, ("The loss, seconds", "The loss, GiB"), strict=True):
         for what, colour in COLOURS.items():
             lengths = [length for name, length in found if name == what]
@@ -167,6 +169,8 @@ def draw(figure_axes, found: dict[tuple[str, int], dict[str, float]]) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens a completion", title=title)
         axes.set_xticks(ticks, [str(length) for length in ticks])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if title.endswith("GiB") else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -106,7 +106,8 @@ def draw(axes, found: dict[int, list[dict[str, float]]]) -> None:
     axes.bar([x + 0.2 for x in places], [each["training"] for each in values], 0.4, color="#0072B2", label="training")
     axes.set_xticks(places, [f"{ahead}\n({4 * ahead} prompts)" for ahead in found])
     axes.set(xlabel="gen.steps_per_rollout", title="vLLM's rollout tokens a second")
-    axes.legend(frameon=False)
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, ncols=2, loc="upper center")
     axes.spines[["top", "right"]].set_visible(False)
 
 
