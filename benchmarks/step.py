@@ -97,7 +97,7 @@ def make_trainer(*overrides: str, plain: bool = False):
     teacher, _ = load(cfg.teacher)
     args = instantiate(cfg.trainer, use_cpu=not torch.cuda.is_available(), _convert_="all")
     args.teacher_tokenizer_name_or_path = cfg.teacher.pretrained_model_name_or_path
-    args._n_gpu = min(args.n_gpu, 1)  # plain GOLDTrainer would take all of a machine's GPUs
+    args._n_gpu = min(args.n_gpu, 1)  # of several that the process sees; plain GOLDTrainer refuses them
     kind = GOLDTrainer if plain else CountdownTrainer
     trainer = kind(
         model=student, teacher_model=teacher, args=args, train_dataset=instantiate(cfg.task).conversations(),
