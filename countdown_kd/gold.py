@@ -55,7 +55,7 @@ class CountdownTrainer(GOLDTrainer):
         self._shared: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.draws: list[list[bool]] = []
         self.batches: list[list[tuple[str, str]]] = []
-        # Where a process sees several GPUs, Trainer would take them all (DataParallel), which TRL refuses. One is meant.
+        # Where a process sees several GPUs, Trainer would take them all (DataParallel), which TRL refuses.
         args._n_gpu = min(args.n_gpu, 1)
         # TRL builds its own engine where use_vllm is set; ours takes its place.
         use_vllm, args.use_vllm = args.use_vllm, False

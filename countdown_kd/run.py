@@ -73,7 +73,7 @@ def run(cfg: DictConfig) -> None:
         callbacks=[steps := RecordSteps()],
     )
     if (gpus := torch.cuda.device_count()) > args.world_size and not trainer.is_model_parallel:
-        log.warning("training on %d of the %d GPUs here; dist=ddp trains on all of them", args.world_size, gpus)
+        log.info("training on %d of the %d GPUs here; dist=ddp trains on all of them", args.world_size, gpus)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
     trainer.add_callback(Checkpoints(trainer))
