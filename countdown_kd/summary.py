@@ -130,16 +130,18 @@ def idle_gpus(client: MlflowClient, cell: Run) -> str:
     MLflow asks the driver every ten seconds in what share of the last moment a GPU ran any kernel at all (NVML's
     ``utilization.gpu``), so a GPU that is busy may still be filled badly. All GPUs that the node shows us are watched.
     """
+    watched = [name for name in cell.data.metrics if re.fullmatch(r"system/gpu_\d+_utilization_percentage", name)]
+    if not watched or "train/loss" not in cell.data.metrics:
+        return ""
     steps = [metric.timestamp for metric in client.get_metric_history(cell.info.run_id, "train/loss")]
-    busy = {}
-    for name in sorted(cell.data.metrics):
-        if gpu := re.fullmatch(r"system/gpu_(\d+)_utilization_percentage", name):
-            looks = client.get_metric_history(cell.info.run_id, name)
-            shares = [look.value for look in looks if min(steps, default=0) <= look.timestamp <= max(steps, default=0)]
-            if len(shares) >= FEWEST_LOOKS:
-                busy[gpu[1]] = statistics.fmean(shares)
-    idle = [share for share in busy.values() if share < 1]
-    waiting = [share for share in busy.values() if 1 <= share < BUSY]
+    busy = []  # the share of the time in which it trained, in per cent, of each GPU
+    for name in watched:
+        looks = client.get_metric_history(cell.info.run_id, name)
+        shares = [look.value for look in looks if min(steps) <= look.timestamp <= max(steps)]
+        if len(shares) >= FEWEST_LOOKS:
+            busy.append(statistics.fmean(shares))
+    idle = [share for share in busy if share < 1]
+    waiting = [share for share in busy if 1 <= share < BUSY]
     sentences = []
     if idle:
         remedy = "" if cell.data.params.get("dist") == "ddp" else "; dist=ddp trains on all that it is given"
