@@ -51,7 +51,7 @@ def show(
     console.print()
     console.print(summary_table(client, cells))
     console.print(
-        f"loss: mean of the last {LAST_STEPS} steps; s/it: median, without warm-up; solved: Wilson 95 % interval",
+        f"loss: mean of the last {LAST_STEPS} steps; s/it: median after warm-up; solved: Wilson 95 %",
         style="dim",
     )
     names = swept_params(cells)
