@@ -133,7 +133,8 @@ class StepClock(TrainerCallback):
         s_per_it = statistics.median(statistics.fmean(self.step_s[i] for i in each) for each in shared)
         metrics = {
             "perf/s_per_it": s_per_it,
-            "perf/samples_per_s": samples_per_step / s_per_it,
+            # Of all steps: where some sample their sequences and others do not, the median is a step of one kind.
+            "perf/samples_per_s": samples_per_step / statistics.fmean(self.step_s[i] for i in counted),
             "perf/peak_memory_gib": peak_memory_gib(),
         }
         for phase in PHASES:

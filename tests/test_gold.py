@@ -314,7 +314,6 @@ def test_metrics_have_the_promised_names(trained):
     assert set(metrics) == phases | {
         "perf/s_per_it", "perf/samples_per_s", "perf/rollout_tokens_per_s", "perf/peak_memory_gib",
     }  # fmt: skip
-    assert metrics["perf/samples_per_s"] == pytest.approx(32 / metrics["perf/s_per_it"])
 
 
 def test_the_figure_has_a_colour_for_every_phase():
@@ -337,13 +336,14 @@ def test_a_phase_inside_another_pauses_it():
     assert 0.04 <= seconds["loss"] and 0.05 <= seconds["teacher"] and 0.03 <= seconds["generate"]
 
 
-def test_warm_up_is_left_out_of_the_median():
+def test_warm_up_is_left_out():
     clock = perf.StepClock()
     clock.step_s = [9.0, 9.0, 9.0, 1.0, 2.0, 1.0]
     clock.phase_s = [{phase: 1.0 for phase in perf.PHASES}] * 6
     clock.rollout_tokens = [1000, 1000, 1000, 10, 20, 30]
     metrics = clock.metrics(samples_per_step=4)
     assert metrics["perf/s_per_it"] == 1.0
+    assert metrics["perf/samples_per_s"] == 3.0, "of all steps: here a third of them are of another kind"
     assert metrics["perf/rollout_tokens_per_s"] == 20.0
 
 
