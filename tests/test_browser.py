@@ -45,6 +45,9 @@ class Browser(webdriver.Chrome):
     def press(self, css: str) -> None:
         wait(lambda: self.find_element(By.CSS_SELECTOR, css).click() or True)
 
+    def write(self, css: str, text: str) -> None:
+        wait(lambda: self.find_element(By.CSS_SELECTOR, css).send_keys(text) or True)
+
     def table(self, heading: str) -> dict[str, list[str]]:
         """The rows of the table in a section of the page, by what stands first in each."""
         rows = f"//*[@role='button'][normalize-space()='{heading}']/following::table[1]//tr"
@@ -120,11 +123,15 @@ def test_the_loss_curves_of_the_cells_are_drawn_side_by_side(browser, runs_page,
     losses = {cell.info.run_id: launch_once.losses(cell.info.run_id) for cell in launch_once.runs("cell")}
     browser.get(runs_page)
     browser.press("label:has([name='runs-view-mode'][value='CHART'])")
-    browser.see("[placeholder='Search metric charts']")[0].send_keys("train/loss")
+    browser.write("[placeholder='Search metric charts']", "train/loss")
     wait(lambda: browser.execute_script(PLOTTED) == losses)
-    lines = wait(lambda: {line.value_of_css_property("stroke") for line in browser.see(".js-line")})
-    assert len(lines) == 2
+
+    def colours():
+        return {line.value_of_css_property("stroke") for line in browser.see(".js-line")}
+
+    lines = wait(lambda: len(found := colours()) == 2 and found)  # the curves come one after the other
     browser.save_screenshot(tmp_path / "charts.png")
-    chart = Image.open(io.BytesIO(browser.see(".js-plotly-plot")[0].screenshot_as_png)).convert("RGB")
+    picture = wait(lambda: browser.see(".js-plotly-plot")[0].screenshot_as_png)
+    chart = Image.open(io.BytesIO(picture)).convert("RGB")
     # Where the curves lie on each other, only the upper one is seen.
     assert lines & {f"rgb{colour}" for _, colour in chart.getcolors(chart.width * chart.height)}
