@@ -130,9 +130,8 @@ class StepClock(TrainerCallback):
         shared = shared or [range(len(self.step_s))]
         counted = [i for each in shared for i in each]
         phases = [self.phase_s[i] for i in counted]
-        s_per_it = statistics.median(statistics.fmean(self.step_s[i] for i in each) for each in shared)
         metrics = {
-            "perf/s_per_it": s_per_it,
+            "perf/s_per_it": statistics.median(statistics.fmean(self.step_s[i] for i in each) for each in shared),
             # Of all steps: where some sample their sequences and others do not, the median is a step of one kind.
             "perf/samples_per_s": samples_per_step / statistics.fmean(self.step_s[i] for i in counted),
             "perf/peak_memory_gib": peak_memory_gib(),

@@ -134,10 +134,11 @@ def idle_gpus(client: MlflowClient, cell: Run) -> str:
     if not watched or "train/loss" not in cell.data.metrics:
         return ""
     steps = [metric.timestamp for metric in client.get_metric_history(cell.info.run_id, "train/loss")]
+    first, last = min(steps), max(steps)
     busy = []  # the share of the time in which it trained, in per cent, of each GPU
     for name in watched:
         looks = client.get_metric_history(cell.info.run_id, name)
-        shares = [look.value for look in looks if min(steps) <= look.timestamp <= max(steps)]
+        shares = [look.value for look in looks if first <= look.timestamp <= last]
         if len(shares) >= FEWEST_LOOKS:
             busy.append(statistics.fmean(shares))
     idle = [share for share in busy if share < 1]

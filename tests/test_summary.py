@@ -166,19 +166,27 @@ def watched(store, monkeypatch, tmp_path):
     """A run during which MLflow itself has watched the GPUs."""
     client, _ = store
 
-    def run(params, busy, steps=True):
-        monkeypatch.setitem(sys.modules, "pynvml", driver := Driver(*busy))
+    def wait_for_looks(run_id):
+        def looks():
+            return len(client.get_metric_history(run_id, "system/gpu_0_utilization_percentage"))
+
+        before = looks()
+        while looks() < before + 2 * FEWEST_LOOKS:
+            time.sleep(0.05)
+
+    def run(params, busy, steps=True, before=None):
+        monkeypatch.setitem(sys.modules, "pynvml", driver := Driver(*(before or busy)))
         monkeypatch.setattr(gpu_monitor, "pynvml", driver, raising=False)
         monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.02")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
         with mlflow.start_run(experiment_id="1", log_system_metrics=True) as active:
             mlflow.log_params(params)
             mlflow.log_metrics({"perf/phase/generate_s": 0.9, "perf/phase/backward_s": 0.1})
+            wait_for_looks(active.info.run_id)
+            driver.busy = busy
             if steps:
                 mlflow.log_metric("train/loss", 1.0, step=1)
-                looks = "system/gpu_0_utilization_percentage"
-                while len(client.get_metric_history(active.info.run_id, looks)) < 2 * FEWEST_LOOKS:
-                    time.sleep(0.05)
+                wait_for_looks(active.info.run_id)
                 mlflow.log_metric("train/loss", 1.0, step=2)
         return client.get_run(active.info.run_id)
 
@@ -211,6 +219,7 @@ def test_gpus_that_stand_idle_are_told_of(watched, store, params, busy, sentence
 def test_what_gpus_do_outside_training_is_no_ones_fault(watched, store):
     client, _ = store
     assert idle_gpus(client, watched({"gen": "hf"}, [0], steps=False)) == ""
+    assert idle_gpus(client, watched({"gen": "hf"}, [95], before=[0])) == ""
 
 
 def test_idle_gpus_are_told_of_below_the_table(watched, store, tmp_path, capsys):
