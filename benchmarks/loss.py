@@ -61,7 +61,7 @@ def measure(what: str, length: int, device: str, dtype: str, columns: int, repea
     def baseline() -> float:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            return 0.0
+            return torch.cuda.memory_allocated() / 2**30  # by whatever else this process holds
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def peak() -> float:
@@ -97,7 +97,10 @@ def measure(what: str, length: int, device: str, dtype: str, columns: int, repea
         forward.append(middle - start)
         if forward[-1] + backward[-1] > LONG_S:
             break
-    return {"forward": min(forward), "backward": min(backward), "loss": loss.item(), "peak": peak() - before}
+    both = [a + b for a, b in zip(forward, backward, strict=True)]
+    return {
+        "forward": min(forward), "backward": min(backward), "all": both, "loss": loss.item(), "peak": peak() - before,
+    }  # fmt: skip
 
 
 def collect(

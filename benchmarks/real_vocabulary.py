@@ -24,7 +24,7 @@ from countdown_kd.tiny.recipe import make_tokenizer
 VOCABULARY = 151_936  # columns of the output layers of Qwen2.5 (to 3B) and Qwen3
 SHARED = 151_663  # tokens that Qwen2.5 and Qwen3 share
 LETTERS = "αβγδεζηθικλμνξοπρστυφχψω"
-TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 STUDENT = dict(
     hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
 )  # fmt: skip
@@ -34,8 +34,8 @@ TEACHER = dict(
 )  # fmt: skip
 
 
-def make_tokenizers() -> list[Qwen2Tokenizer]:
-    """The student's and the teacher's, ``VOCABULARY`` tokens each, of which ``SHARED`` are the same."""
+def make_tokenizers(vocabulary: int = VOCABULARY, shared: int = SHARED) -> list[Qwen2Tokenizer]:
+    """The student's and the teacher's, ``vocabulary`` tokens each, of which ``shared`` are the same."""
     data = generated("public", num_train=500, num_test=1, seed=0)
     texts = [message["content"] for each in data.train for message in each.prompt] + [
         each.completion for each in data.train
@@ -54,37 +54,40 @@ def make_tokenizers() -> list[Qwen2Tokenizer]:
     parts = trained["vocab"] | {}
     for a, b in merges:
         parts.setdefault(a + b, len(parts))
-    own = VOCABULARY - SHARED
+    own = vocabulary - shared
     words = ((space + a + b, c + d) for (a, b), (c, d) in product(pairs, repeat=2))
-    words = list(islice(words, SHARED - len(parts) + 2 * own))
+    words = list(islice(words, shared - len(parts) + 2 * own))
     tokenizers = []
     for mine in (words[: -2 * own] + words[-own:], words[:-own]):
-        vocabulary = parts | {a + b: i for i, (a, b) in enumerate(mine, start=len(parts))}
-        tokenizer = Qwen2Tokenizer(vocabulary, merges + mine, additional_special_tokens=["<|im_start|>"])
+        ids = parts | {a + b: i for i, (a, b) in enumerate(mine, start=len(parts))}
+        tokenizer = Qwen2Tokenizer(ids, merges + mine, additional_special_tokens=["<|im_start|>"])
         tokenizer.eos_token, tokenizer.pad_token = small.eos_token, small.pad_token
         tokenizer.chat_template = small.chat_template
         tokenizers.append(tokenizer)
     return tokenizers
 
 
+def make_model(name: str, tokenizer: Qwen2Tokenizer, large: bool) -> PreTrainedModel:
+    """A "student" or a "teacher" with random weights, on the GPU where there is one."""
+    config, size = {"student": (Qwen2Config, STUDENT), "teacher": (Qwen3Config, TEACHER)}[name]
+    set_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(
+            config(
+                vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=4096,
+                bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                **(size if large else TINY),
+            ),
+            dtype=torch.bfloat16 if large else torch.float32,
+        )  # fmt: skip
+
+
 def make_pair(folder: Path, large: bool) -> tuple[Path, Path]:
     """Folders with a student and a teacher, made unless they are there."""
-    kinds = (("student", Qwen2Config, STUDENT), ("teacher", Qwen3Config, TEACHER))
-    for (name, config, size), tokenizer in zip(kinds, make_tokenizers(), strict=True):
-        if (folder / name).exists():
-            continue
-        set_seed(0)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config(
-                    vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=4096,
-                    bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                    **(size if large else TINY),
-                ),
-                dtype=torch.bfloat16 if large else torch.float32,
-            )  # fmt: skip
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    for name, tokenizer in zip(("student", "teacher"), make_tokenizers(), strict=True):
+        if not (folder / name).exists():
+            make_model(name, tokenizer, large).save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
     return folder / "student", folder / "teacher"
 
 

@@ -72,8 +72,12 @@ QUIET = {
 }  # fmt: skip
 
 
-def make_trainer(*overrides: str, plain: bool = False):
-    """A cell's trainer, or plain GOLDTrainer with the same arguments; and the cell's rollout dtype."""
+def make_trainer(*overrides: str, plain: bool = False, models: tuple | None = None, **kwargs):
+    """A cell's trainer, or plain GOLDTrainer with the same arguments; and the cell's rollout dtype.
+
+    ``models`` are a student, a teacher and the student's tokenizer that take the place of the cell's; ``kwargs`` are
+    the trainer's own.
+    """
     import torch
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
@@ -93,28 +97,26 @@ def make_trainer(*overrides: str, plain: bool = False):
     validate(cfg)
     with open_dict(cfg):
         cfg.trainer.output_dir = tempfile.mkdtemp()
-    student, tokenizer = load(cfg.model)
-    teacher, _ = load(cfg.teacher)
+    student, teacher, tokenizer = models or (None, None, None)
+    if models is None:
+        student, tokenizer = load(cfg.model)
+        teacher, _ = load(cfg.teacher)
     args = instantiate(cfg.trainer, use_cpu=not torch.cuda.is_available(), _convert_="all")
     args.teacher_tokenizer_name_or_path = cfg.teacher.pretrained_model_name_or_path
     args._n_gpu = min(args.n_gpu, 1)  # of several that the process sees; plain GOLDTrainer refuses them
     kind = GOLDTrainer if plain else CountdownTrainer
     trainer = kind(
         model=student, teacher_model=teacher, args=args, train_dataset=instantiate(cfg.task).conversations(),
-        processing_class=tokenizer, **({} if plain else {"gen": cfg.gen, "step": cfg.step}),
+        processing_class=tokenizer, **({} if plain else {"gen": cfg.gen, "step": cfg.step}), **kwargs,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer, cfg.gen.dtype
 
 
-def measure(plain: bool, warmup: int, *overrides: str) -> dict:
-    """Seconds of each step and of its phases but the first ``warmup``, the losses, and the floors of the phases."""
-    os.environ |= QUIET
+def train(trainer, warmup: int) -> dict:
+    """Seconds of each step but the first ``warmup``, with the phases where they are told, losses and gradient norms."""
     import torch
-    from roofline import floors, measured_ceilings, work_of
     from transformers import TrainerCallback
-
-    from countdown_kd.perf import peak_memory_gib
 
     class Watch(TrainerCallback):
         def __init__(self):
@@ -131,27 +133,48 @@ def measure(plain: bool, warmup: int, *overrides: str) -> dict:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    trainer, rollout_dtype = make_trainer(*overrides, plain=plain)
+    clock = getattr(trainer, "clock", None)
     watch = Watch()
-    if plain:
+    if clock is None:
         trainer.add_callback(watch)
     trainer.train()
+    history = [each for each in trainer.state.log_history if "loss" in each]
     found = {
-        "steps": (watch if plain else trainer.clock).step_s[warmup:],
+        "steps": (clock or watch).step_s[warmup:],
         "samples": trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
-        "losses": [each["loss"] for each in trainer.state.log_history if "loss" in each],
+        "losses": [each["loss"] for each in history],
+        "grad_norms": [float(each["grad_norm"]) for each in history],
+    }
+    if clock is not None:
+        found |= {"phases": clock.phase_s[warmup:], "batches": trainer.batches}
+    return found
+
+
+def ceilings_of(trainer):
+    """What the hardware can do in the precision that ``trainer`` computes in."""
+    import torch
+    from roofline import measured_ceilings
+
+    dtype = torch.bfloat16 if trainer.args.bf16 else next(trainer.model.parameters()).dtype
+    return measured_ceilings(trainer.accelerator.device.type, dtype)
+
+
+def measure(plain: bool, warmup: int, *overrides: str) -> dict:
+    """What ``train`` finds of a cell, its peak memory, and the floors of its phases."""
+    os.environ |= QUIET
+    import torch
+    from roofline import floors, work_of
+
+    from countdown_kd.perf import peak_memory_gib
+
+    trainer, rollout_dtype = make_trainer(*overrides, plain=plain)
+    found = train(trainer, warmup) | {
         "peak": peak_memory_gib(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
     if not plain:
-        dtype = torch.bfloat16 if trainer.args.bf16 else next(trainer.model.parameters()).dtype
-        ceilings = measured_ceilings(trainer.accelerator.device.type, dtype)
-        found |= {
-            "phases": trainer.clock.phase_s[warmup:],
-            "batches": trainer.batches,
-            "ceilings": ceilings,
-            "floors": floors(work_of(trainer, rollout_dtype), ceilings),
-        }
+        found["ceilings"] = ceilings_of(trainer)
+        found["floors"] = floors(work_of(trainer, rollout_dtype), found["ceilings"])
     return found
 
 
