@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from countdown_kd import config
 from countdown_kd.config import ROOT, ConfigError, gold_config_fields, identity, validate
-from countdown_kd.sweep import compose_all, grid
+from countdown_kd.launching.sweep import compose_all, grid
 
 GROUPS = ("task", "model", "teacher", "precision", "gen", "dist", "eval", "experiment")
 OPTIONS = [(group, option) for group in GROUPS for option in option_names(group)]
@@ -220,6 +220,9 @@ def test_cells_composed_together_are_what_hydra_composes():
         plain = [loader.load_sweep_config(master, list(cell)) for cell in cells]
         ours = compose_all(master, cells)
         assert len(cells) == 8
+        names = [str(cell.hydra.job.override_dirname) for cell in ours]
+        assert names[0] == "seed-1+precision-bf16+eval-sampled", "what was swept, in the order in which it was typed"
         for one, other, overrides in zip(ours, plain, cells, strict=True):
+            one.hydra.job.override_dirname = other.hydra.job.override_dirname
             assert OmegaConf.to_container(one) == OmegaConf.to_container(other)
             assert loader.load_sweep_config(master, overrides) is one, "Hydra finds what is composed"

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from countdown_kd import tracking
+from countdown_kd.launching.states import State
 
 
 def store(uri):
@@ -28,7 +29,7 @@ def test_opening_makes_store_and_experiment_once_with_artifacts_beside_it(tmp_pa
 def test_a_deleted_experiment_is_told(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     client.delete_experiment(client.create_experiment("countdown_kd"))
-    with pytest.raises(Exception, match="was deleted in .* restore it, or set tracking.experiment"):
+    with pytest.raises(Exception, match="was deleted in .* restore --experiment-id 1.*set tracking.experiment"):
         tracking.open_store(store(f"sqlite:///{tmp_path}/mlflow.db"))
 
 
@@ -41,7 +42,7 @@ def test_cells_are_found_under_their_sweep(tmp_path, monkeypatch):
         tracking.start_run(client, experiment_id, name, "cell", {"seed": "1"})
     cells = tracking.cells_of(client, sweep)
     assert [cell.info.run_name for cell in cells] == ["first", "second"]
-    assert cells[0].data.params == {"seed": "1"} and cells[0].info.status == "RUNNING"
+    assert cells[0].data.params == {"seed": "1"} and cells[0].info.status == "SCHEDULED"
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,9 @@ def test_a_cell_begun_twice_counts_once_and_finished_first(tmp_path, monkeypatch
     tags = {tracking.IDENTITY_TAG: "abc"}
     first, second, third = (tracking.start_run(client, experiment_id, "cell", "cell", tags=tags) for _ in range(3))
     assert tracking.find(client, experiment_id, "abc").info.run_id == third
-    tracking.end_run(client, third, "FAILED", "failed (exit code 1)")
-    tracking.end_run(client, second, "FINISHED", "finished")
+    tracking.set_state(client, third, State.FAILED, "exit code 1")
+    tracking.set_state(client, second, State.RUNNING)
+    tracking.set_state(client, second, State.FINISHED)
     assert tracking.find(client, experiment_id, "abc").info.run_id == second
     assert [cell.info.run_id for cell in tracking.cells_of(client, sweep)] == [second]
     assert tracking.find(client, experiment_id, "other") is None
