@@ -92,8 +92,10 @@ def test_two_ranks_mark_a_checkpoint_when_both_have_saved_theirs_and_go_on_from_
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Processes of their own: each has its rank in its environment.
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Processes of their own, as each has its rank in its environment, from one that has imported everything for both.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
         same_end = list(pool.map(one_of_two_ranks, (0, 1), (port, port), (tmp_path, tmp_path), timeout=300))
     assert same_end == [True, True]
     markers = list((tmp_path / "straight").glob(f"checkpoint-*/{MARKER}"))
