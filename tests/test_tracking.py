@@ -55,7 +55,7 @@ def test_every_cell_of_a_large_sweep_is_found(tmp_path, monkeypatch):
     """Stores answer in pages, the first of 100 in some."""
     client, experiment_id = tracking.open_store(store(f"sqlite:///{tmp_path}/mlflow.db"))
     monkeypatch.setenv(tracking.SWEEP_RUN_ID, sweep := tracking.start_run(client, experiment_id, "sweep", "sweep"))
-    submitted = [tracking.start_run(client, experiment_id, f"cell {n}", "cell") for n in range(110)]
+    submitted = [tracking.start_run(client, experiment_id, f"cell {n}", "cell") for n in range(101)]
     assert {cell.info.run_id for cell in tracking.cells_of(client, sweep)} == set(submitted)
 
 
