@@ -26,6 +26,13 @@ def test_opening_makes_store_and_experiment_once_with_artifacts_beside_it(tmp_pa
     assert location == (tmp_path / "mlartifacts" / "countdown_kd").as_uri()
 
 
+def test_a_store_beside_the_current_folder_keeps_its_artifacts_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    client, experiment_id = tracking.open_store(store("sqlite:///beside.db"))
+    location = client.get_experiment(experiment_id).artifact_location
+    assert location == (tmp_path / "mlartifacts" / "countdown_kd").as_uri(), "also seen from another folder"
+
+
 def test_a_deleted_experiment_is_told(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     client.delete_experiment(client.create_experiment("countdown_kd"))
@@ -45,6 +52,14 @@ def test_cells_are_found_under_their_sweep(tmp_path, monkeypatch):
     assert cells[0].data.params == {"seed": "1"} and cells[0].info.status == "SCHEDULED"
 
 
+def test_every_cell_of_a_large_sweep_is_found(tmp_path, monkeypatch):
+    """Stores answer in pages, the first of 100 in some."""
+    client, experiment_id = tracking.open_store(store(f"sqlite:///{tmp_path}/mlflow.db"))
+    monkeypatch.setenv(tracking.SWEEP_RUN_ID, sweep := tracking.start_run(client, experiment_id, "sweep", "sweep"))
+    submitted = [tracking.start_run(client, experiment_id, f"cell {n}", "cell") for n in range(101)]
+    assert {cell.info.run_id for cell in tracking.cells_of(client, sweep)} == set(submitted)
+
+
 @pytest.mark.parametrize(
     "uri, command",
     [
@@ -58,6 +73,12 @@ def test_the_way_to_the_ui_shows_no_password(uri, command):
     assert shown.endswith(command) and "secret" not in shown
     if shown != command:
         assert shown.startswith(str(Path(sys.executable).parent)), "the program that is not on the path"
+
+
+@pytest.mark.parametrize("told", ["http://me:sword%2Ffish@host", "sword/fish refused", "no such user: sword%2Ffish"])
+def test_a_password_is_hidden_as_it_stands_in_the_address_and_as_it_is_meant(told):
+    shown = tracking.without_password(f"no answer: {told}", "http://me:sword%2Ffish@host:5000")
+    assert shown.startswith("no answer: ") and "***" in shown and "sword" not in shown
 
 
 def log_as_a_cell_does(uri, run_id, steps):
