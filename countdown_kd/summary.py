@@ -214,7 +214,8 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path, labels: S
     from matplotlib.figure import Figure
 
     names = swept_params(cells)
-    labels = [textwrap.fill(each, 32, max_lines=3, break_on_hyphens=False) for each in labels or [cell_label(cell, names) for cell in cells]]
+    labels = labels or [cell_label(cell, names) for cell in cells]
+    labels = [textwrap.fill(each.replace("+", " +"), 32, max_lines=3, break_on_hyphens=False) for each in labels]
     rows = range(len(cells))
     figure = Figure(figsize=(13, 4.4 + 0.8 * max(4, len(cells))), layout="constrained")
     (losses, accuracies), (times, failures) = figure.subplots(2, 2)

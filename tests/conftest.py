@@ -12,6 +12,8 @@ from slurm import slurm  # noqa: F401  a fixture
 
 from countdown_kd import tracking
 from countdown_kd.config import ROOT, identity, register_resolvers
+from countdown_kd.launching.folder import CONFIG, claim
+from countdown_kd.launching.states import State
 
 # No test may look for a hub; a name that is not a folder here must fail at once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
@@ -61,19 +63,18 @@ class Launcher:
             order_by=["attributes.start_time"],
         )  # fmt: skip
 
-    def put(self, cfg, status: str, state: str, folder: Path | None = None, metrics=(), **tags: str) -> str:
+    def put(self, cfg, state: State, details: str = "", folder: Path | None = None, metrics=(), **tags: str) -> str:
         """A cell's run as an earlier command would have left it; returns its id. Nothing trains for it."""
         client, experiment_id = tracking.open_store(OmegaConf.create({"uri": self.uri, "experiment": "countdown_kd"}))
         tags |= {
             tracking.IDENTITY_TAG: identity(cfg), tracking.FOLDER_TAG: str(folder or "/nowhere"),
-            tracking.STATE_TAG: state,
+            tracking.STATE_TAG: state, tracking.DETAILS_TAG: details,
         }  # fmt: skip
         run_id = tracking.start_run(client, experiment_id, "cell", "cell", {"seed": str(cfg.seed)}, tags)
         client.log_batch(run_id, metrics=[Metric(name, value, 0, 0) for name, value in dict(metrics).items()])
-        client.update_run(run_id, status)
         if folder:
-            folder.mkdir(parents=True)
-            (folder / "cell.yaml").touch()
+            claim(folder, identity(cfg), "cell", run_id).release()
+            (folder / CONFIG).touch()
         return run_id
 
     def losses(self, run_id: str) -> list[float]:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from test_gold import make_trainer
 
-from countdown_kd.cell import MARKER, last_checkpoint
 from countdown_kd.checkpoint import Checkpoints, train
 from countdown_kd.gold import CountdownTrainer
+from countdown_kd.launching.folder import MARKER, discard_unusable, last_checkpoint, mark_whole
 
 # Rollouts are for two steps each, and a save is due after 3, 6 and 9.
 SHARED = (
@@ -53,19 +53,47 @@ def test_from_each_checkpoint_a_run_goes_on_to_the_same_end(straight, tmp_path, 
     name = f"checkpoint-{step}"
     shutil.copytree(Path(straight.args.output_dir, name), tmp_path / name)
     resumed = start(tmp_path)
-    train(resumed, last_checkpoint(tmp_path))
+    train(resumed, last_checkpoint(tmp_path, ""))
     assert torch.equal(weights(resumed), weights(straight))
     kept = [json.dumps([each.draws, each.batches]) for each in (resumed, straight)]
     assert kept[0] == kept[1] and len(resumed.draws) == len(resumed.clock.step_s) == 9
 
 
-def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path):
-    assert last_checkpoint(tmp_path) is None
-    for step, whole in ((8, True), (10, True), (12, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            (tmp_path / f"checkpoint-{step}" / MARKER).touch()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+@pytest.fixture
+def saved(tmp_path):
+    """``saved(step, run_id)`` is a whole checkpoint, saved by a run."""
+
+    def save(step: int, run_id: str = "mine") -> Path:
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "model.safetensors").write_bytes(b"weights")
+        mark_whole(checkpoint, run_id, code="", state={})
+        return checkpoint
+
+    return save
+
+
+def test_the_newest_whole_checkpoint_of_ones_own_is_gone_on_from(saved, tmp_path):
+    assert last_checkpoint(tmp_path, "mine") is None
+    for step in (8, 10):
+        saved(step)
+    (tmp_path / "checkpoint-12").mkdir()  # the run was killed while it was written
+    saved(14, "another")
+    (saved(16) / "model.safetensors").write_bytes(b"wei")  # cut off
+    assert last_checkpoint(tmp_path, "mine") == tmp_path / "checkpoint-10"
+
+
+def test_what_cannot_be_gone_on_from_is_told_and_removed(saved, tmp_path, caplog):
+    for step in (8, 10):
+        saved(step)
+    saved(14, "another")
+    (saved(16) / "model.safetensors").write_bytes(b"wei")
+    discard_unusable(tmp_path, "mine")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-8"]
+    assert caplog.messages == [
+        "checkpoint-14 is not used: it is run another's",
+        "checkpoint-16 is not used: it is damaged: model.safetensors has 3 bytes instead of 7",
+    ]
 
 
 def one_of_two_ranks(rank: int, port: int, folder: Path) -> bool:
@@ -83,7 +111,7 @@ def one_of_two_ranks(rank: int, port: int, folder: Path) -> bool:
         shutil.copytree(folder / "straight" / "checkpoint-4", folder / "resumed" / "checkpoint-4")
     torch.distributed.barrier()
     resumed = start(folder / "resumed")
-    train(resumed, last_checkpoint(folder / "resumed"))
+    train(resumed, last_checkpoint(folder / "resumed", ""))
     torch.distributed.destroy_process_group()
     return torch.equal(weights(resumed), weights(straight))
 

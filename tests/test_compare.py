@@ -287,7 +287,7 @@ def test_values_and_names_in_brackets_are_shown_as_they_are(made):
     made.add("x[/y]", {"stop": "[/INST]", "pad": "[pad]"}, params={"k": "[a]"}, tags={"countdown_kd.state": "[/z]"})
     made.add("b", {"stop": "[/s]", "pad": "[eos]"}, params={"k": "[/b]"}, status="FAILED")
     said = made.said("x[/y]", "b")
-    assert all(word in said for word in ("[/INST]", "[pad]", "[eos]", "k=[a]", "k=[/b]"))
+    assert all(word in said for word in ("[/INST]", "[pad]", "[eos]", "k-[a]", "k-[/b]"))
     assert "no[/y]: no run by that id or name" in made.said("no[/y]", "b", code=2)
 
 

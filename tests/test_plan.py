@@ -1,10 +1,11 @@
 """What a command would run, as launch.py prints it over a store in which some cells are done or begun."""
 
-import fcntl
-
 import pytest
 
 from countdown_kd import tracking
+from countdown_kd.config import identity
+from countdown_kd.launching.folder import claim, mark_whole
+from countdown_kd.launching.states import State
 
 ANYWAY = "trainer.learning_rate=1e-4"
 
@@ -24,20 +25,20 @@ def plan(launch):
 
 def test_a_plan_says_of_every_cell_how_far_it_is_and_counts_what_is_left(cell, launch, plan):
     seeds = {seed: cell(f"seed={seed}", ANYWAY) for seed in range(1, 6)}
-    done = launch.put(seeds[1], "FINISHED", "finished", metrics={"eval/accuracy": 0.525})
+    done = launch.put(seeds[1], State.FINISHED, metrics={"eval/accuracy": 0.525})
     begun = launch.folder / "begun"
-    launch.put(seeds[2], "KILLED", "stopped", begun)
-    for step, whole in ((8, True), (10, True), (12, False)):
+    stopped = launch.put(seeds[2], State.STOPPED, folder=begun)
+    for step, run_id in ((8, stopped), (10, stopped), (12, None), (14, "another run's")):
         (begun / f"checkpoint-{step}").mkdir()
-        if whole:
-            (begun / f"checkpoint-{step}" / "countdown_kd.json").touch()
-    launch.put(seeds[3], "FAILED", "failed (exit code 1)")  # on another machine
-    running = launch.put(seeds[4], "RUNNING", "running", launch.folder / "running")
-    launch.put(seeds[5], "SCHEDULED", "pending", launch.folder / "queued", **{tracking.JOB_TAG: "12_0"})
+        if run_id:
+            mark_whole(begun / f"checkpoint-{step}", run_id, code="", state={})
+    launch.put(seeds[3], State.FAILED, "exit code 1")  # on another machine
+    running = launch.put(seeds[4], State.RUNNING, folder=launch.folder / "running")
+    launch.put(seeds[5], State.PENDING, folder=launch.folder / "queued", **{tracking.JOB_TAG: "12_0"})
 
-    with open(launch.folder / "running" / "lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        lines = plan("-m", "seed=1,2,3,4,5,6", ANYWAY)
+    held = claim(launch.folder / "running", identity(seeds[4]), "cell", running)
+    lines = plan("-m", "seed=1,2,3,4,5,6", ANYWAY)
+    held.release()
     assert lines[0] == "In every cell: trainer.learning_rate=0.0001", "and not again in every row"
     todo = [
         f"done, 52 % solved (run {done[:8]})", "go on from step 10 (stopped)",
@@ -45,7 +46,7 @@ def test_a_plan_says_of_every_cell_how_far_it_is_and_counts_what_is_left(cell, l
         "under way (Slurm job 12_0)", "run",
     ]  # fmt: skip
     for number, (row, what) in enumerate(zip(lines[3:-1], todo, strict=True)):
-        assert row.startswith(f"{number} {what} seed={number + 1} ") and "learning_rate" not in row
+        assert row.startswith(f"{number} {what} seed-{number + 1} ") and "learning_rate" not in row
     assert lines[-1] == "3 of 6 cells would run."
 
 

@@ -14,8 +14,9 @@ import yaml
 from countdown_kd import tracking
 from countdown_kd.config import ROOT
 from countdown_kd.countdown import FAILURES
+from countdown_kd.launching.states import State
+from countdown_kd.launching.status import status
 from countdown_kd.perf import PHASES
-from countdown_kd.status import status
 
 SHORT = ("trainer.max_steps=4", "trainer.per_device_train_batch_size=4", "eval.num_puzzles=20")
 EVALUATED = {
@@ -171,7 +172,7 @@ def test_ten_cells_in_another_order_are_the_same_sweep(cell, launch):
     solved = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.4, "eval/accuracy_high": 0.6}
     seeds = [str(seed) for seed in range(10)]
     for seed in seeds:
-        launch.put(cell(f"seed={seed}"), "FINISHED", "finished", metrics=solved)
+        launch.put(cell(f"seed={seed}"), State.FINISHED, metrics=solved)
     for order in (seeds, seeds[::-1]):
         launch.environment = {"PYTHONHASHSEED": order[0]}
         result = launch("-m", f"seed={','.join(order)}")
@@ -219,8 +220,8 @@ def test_a_sweep_is_under_way_while_a_cell_of_it_is_queued_or_runs_elsewhere(cel
     client, experiment_id = tracking.open_store(cell(f"tracking.uri={launch.uri}").tracking)
     sweep = tracking.start_run(client, experiment_id, "sweep", "sweep")
     monkeypatch.setenv(tracking.SWEEP_RUN_ID, sweep)
-    launch.put(cell("seed=1"), "FINISHED", "finished")
-    last = launch.put(cell("seed=2"), "SCHEDULED", "pending")
+    launch.put(cell("seed=1"), State.FINISHED)
+    last = launch.put(cell("seed=2"), State.PENDING)
     for going_on in ("SCHEDULED", "RUNNING"):
         client.update_run(last, going_on)
         assert status(client, experiment_id, None, live=False) == 1

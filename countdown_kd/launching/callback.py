@@ -37,7 +37,7 @@ class SweepCallback(Callback):
         atexit.register(self.sweep.finish)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        self.sweep.finish()
+        end_on_error(lambda _: self.sweep.finish(), config)
 
 
 def end_on_error(function: Callable[[DictConfig], Any], config: DictConfig) -> Any:

@@ -72,7 +72,6 @@ class Sweep:
         with tracking.launching(self.uri):
             self.open(config, composed, experiment_id, force=first.force)
         os.environ[tracking.SWEEP_RUN_ID] = self.run_id
-        os.environ[CODE] = str(snapshot(self.folder))
 
     def open(self, config: DictConfig, composed: list[DictConfig], experiment_id: str, force: bool) -> None:
         """Take the sweep's folder and its parent run, new ones or those in which it was begun.
@@ -97,6 +96,7 @@ class Sweep:
         name = " ".join(swept) or "sweep"
         # Held as long as we live: status tells by it whether more cells are to come.
         self.lock = claim(self.folder, key, name, earlier.info.run_id if earlier else "")
+        os.environ[CODE] = str(snapshot(self.folder))
         if earlier:
             self.run_id = earlier.info.run_id
         else:
