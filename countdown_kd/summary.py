@@ -215,7 +215,8 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path, labels: S
 
     names = swept_params(cells)
     labels = labels or [cell_label(cell, names) for cell in cells]
-    labels = [textwrap.fill(each.replace("+", " +"), 32, max_lines=3, break_on_hyphens=False) for each in labels]
+    wrap = textwrap.TextWrapper(32, max_lines=3, break_on_hyphens=False).fill
+    labels = [wrap(each.replace("+", "+ ")).replace("+ ", "+") for each in labels]  # a name has no space to break at
     rows = range(len(cells))
     figure = Figure(figsize=(13, 4.4 + 0.8 * max(4, len(cells))), layout="constrained")
     (losses, accuracies), (times, failures) = figure.subplots(2, 2)
