@@ -34,12 +34,11 @@ def objections(settings: Sequence[dict[str, Any]]) -> list[list[str]]:
     Settings have a cell's ``trainer`` and ``gen``. Where the process itself breaks, nothing is objected to: the run
     will tell.
     """
-    texts = [json.dumps(each, sort_keys=True) for each in settings]
+    texts = [json.dumps(each, sort_keys=True, default=str) for each in settings]
     answers = {text: remembered(text) for text in dict.fromkeys(texts)}
     if unknown := [text for text, answer in answers.items() if answer is None]:
-        log.info(
-            "asking GOLDConfig, trainer and samplers about %d configs: %d s, once", len(unknown), 20 + len(unknown) // 5
-        )
+        seconds = 20 + len(unknown) // 5
+        log.info("asking GOLDConfig, trainer and samplers about %d config(s): %d s, once", len(unknown), seconds)
         for text, answer in zip(unknown, ask(unknown), strict=False):
             answers[text] = answer
             remember(text, answer)

@@ -40,10 +40,7 @@ from countdown_kd.declared import shown
 from countdown_kd.gold import CountdownTrainer
 
 # They only have a meaning with the cell's own models, and are left out here.
-OF_THE_MODELS = {
-    "eos_token", "pad_token", "chat_template_path", "assistant_only_loss", "router_aux_loss_coef",
-    "optim_target_modules",
-}  # fmt: skip
+OF_THE_MODELS = {"eos_token", "pad_token", "chat_template_path", "assistant_only_loss", "router_aux_loss_coef"}
 CONVERSATION = {
     "prompt": [{"role": "user", "content": "1 2 3 -> 6"}],
     "completion": [{"role": "assistant", "content": "<answer>1 + 2 + 3 = 6</answer>"}],
@@ -118,6 +115,8 @@ def rehearse(trainer: dict[str, Any], gen: dict[str, Any]) -> None:
         # Nothing that is started, sent or taken from a GPU.
         given = {key: value for key, value in trainer.items() if key not in OF_THE_MODELS}
         here = {"output_dir": folder, "use_cpu": True, "use_vllm": False, "push_to_hub": False, "disable_tqdm": True}
+        if given.get("optim_target_modules"):
+            here["optim_target_modules"] = "all-linear"  # the cell's models have others
         (student, tokenizer), (teacher, _) = (tiny(side) for side in ("student", "teacher"))
         args = GOLDConfig(**given | here)
         args.teacher_tokenizer_name_or_path = teacher.name_or_path

@@ -1,6 +1,7 @@
 """Mistakes are told before anything is loaded, by whoever declares what is right."""
 
 import copy
+import inspect
 import json
 import os
 import re
@@ -124,7 +125,7 @@ def test_subfolders_and_configs_that_are_not_here_are_not_taken_for_mistakes(cel
 
 
 def test_fields_read_from_source_have_the_classes_types_and_defaults():
-    from transformers import AutoModelForCausalLM
+    from transformers import PreTrainedModel
     from trl.experimental.gold import GOLDConfig
 
     read = gold_config_fields()
@@ -134,9 +135,10 @@ def test_fields_read_from_source_have_the_classes_types_and_defaults():
             assert found.default == getattr(each.default, "value", each.default), each.name
         if found.type in (bool, int, float, str):
             assert each.type in (found.type, found.type.__name__), each.name
-    known = from_pretrained().model_fields
-    assert {"token", "revision", "attn_implementation", "device_map", "subfolder", "code_revision"} <= set(known)
-    assert AutoModelForCausalLM and "kwargs" not in known
+    known, kinds = set(from_pretrained().model_fields), inspect.Parameter
+    named = inspect.signature(PreTrainedModel.from_pretrained).parameters.values()
+    assert {each.name for each in named if each.kind is kinds.KEYWORD_ONLY} < known
+    assert {"attn_implementation", "device_map", "subfolder", "code_revision", "trust_remote_code"} < known
 
 
 def test_nothing_of_it_imports_torch_or_takes_long():
@@ -280,6 +282,8 @@ TAKEN = [
     "+trainer.weight_decay=0.1", "trainer.gradient_checkpointing=true", "+trainer.eos_token='<|eot_id|>'",
     "gen=vllm trainer.temperature=0", "~trainer.optim ~trainer.num_generations", "trainer.report_to=mlflow",
     "gen.cache_implementation=static", "+trainer.push_to_hub=true", "+trainer.neftune_noise_alpha=5",
+    "+trainer.torch_compile=true", "+trainer.full_determinism=true", "+trainer.auto_find_batch_size=true",
+    "+trainer.optim_target_modules=[c_attn]", "trainer.optim=adafactor", "trainer.max_length=null",
     "+trainer.dataloader_num_workers=2 +trainer.dataloader_prefetch_factor=2",
 ]  # fmt: skip
 
