@@ -48,7 +48,7 @@ register_resolvers()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float:
-    from countdown_kd.cell import run_cell
+    from countdown_kd.launching.local import run_cell
 
     return run_cell(cfg)
 

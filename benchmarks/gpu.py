@@ -28,6 +28,7 @@ import contextlib
 import copy
 import datetime
 import gc
+import importlib.util
 import json
 import logging
 import math
@@ -471,6 +472,7 @@ def measure(
     # What libraries say at every run and nobody can act on.
     set_verbosity_error()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.utils.git_utils").setLevel(logging.ERROR)
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
@@ -528,7 +530,7 @@ def supervise(out: Path, budget: float, dry: bool) -> None:
         while todo:
             command = [sys.executable, __file__, "--out", str(out), "--scratch", scratch, "--begun", str(begun)]
             command += ["--seconds", str(budget)] + ["--dry"] * dry + ["--has-engine"] * has_engine
-            process = subprocess.Popen([*command, "--parts", *todo], env=os.environ | QUIET)
+            process = subprocess.Popen([*command, "--parts", *todo], env=environment())
             try:
                 process.wait(max(1.0, begun + budget - time.time()))
             except subprocess.TimeoutExpired:
@@ -549,6 +551,13 @@ def supervise(out: Path, budget: float, dry: bool) -> None:
             with open(out / FIGURES, "a") as file:
                 for part, note in notes.items():
                     file.write(json.dumps({"part": part, "note": note}) + "\n")
+
+
+def environment() -> dict[str, str]:
+    """Of the process that measures: it finds the package uninstalled, and vLLM asks for no FlashInfer where none is."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    sampler = {} if importlib.util.find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    return os.environ | QUIET | sampler | {"PYTHONPATH": path}
 
 
 def read_lines(out: Path) -> list[dict]:

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
     register_resolvers()
     if given.command == "status":
-        from countdown_kd.status import status as show_status
+        from countdown_kd.launching.status import status as show_status
         from countdown_kd.tracking import open_store
 
         if given.sweep and "=" in given.sweep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from countdown_kd.cell import MARKER, STOP_FILE, step_of
+from countdown_kd.config import ROOT
 from countdown_kd.gold import CountdownTrainer
+from countdown_kd.launching.folder import MARKER, STOP_FILE, mark_whole, step_of
 
 # With several ranks Trainer loads an optimizer to "its" device, which torch knows for cuda:0 but not for cpu:0.
 torch.serialization.register_package(
@@ -59,9 +61,8 @@ class Checkpoints(TrainerCallback):
                 "batches": self.trainer.batches,
                 "max_steps": state.max_steps,
             }
-            marker = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", MARKER)
-            marker.with_suffix(".tmp").write_text(json.dumps(ours))
-            marker.with_suffix(".tmp").rename(marker)
+            checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            mark_whole(checkpoint, os.environ.get("MLFLOW_RUN_ID", ""), code=ROOT.name, state=ours)
 
 
 def train(trainer: CountdownTrainer, checkpoint: Path | None) -> None:

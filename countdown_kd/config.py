@@ -34,9 +34,24 @@ class ConfigError(ValueError):
 
 
 def register_resolvers() -> None:
-    """Make ``${repo:PATH}`` and ``${package:PATH}`` absolute paths, from whatever folder a run is started."""
+    """Make ``${repo:PATH}`` and ``${package:PATH}`` absolute paths, from whatever folder a run is started.
+
+    ``${name:TEXT}`` is the text as the name of a cell and its folder.
+    """
     for name, base in (("repo", ROOT), ("package", ROOT / "countdown_kd")):
         OmegaConf.register_new_resolver(name, lambda path="", base=base: str(base / (path or "")), replace=True)
+    OmegaConf.register_new_resolver("name", name_of, replace=True)
+
+
+LONGEST_NAME = 120  # characters; file systems take 255 bytes, and a folder's name has a number before it
+
+
+def name_of(text: str) -> str:
+    """A name that neither a shell nor Hydra wants quoted; what does not fit is a hash: ``precision-bf16+gen-hf``."""
+    name = re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII).strip("_")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 # What a cell's result does not depend on: how it is started, where things go, what is written down, who is told.

@@ -37,9 +37,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from countdown_kd import slurm
 from countdown_kd.config import ROOT
-from countdown_kd.slurm import minutes
+from countdown_kd.launching.slurm import query, submit
 from countdown_kd.tracking import IMPATIENT, SERVER, open_store, within, without_password
 
 GOOD, BAD, OPEN = "✓", "✗", "–"  # there; missing; not applicable, or not to be told
@@ -309,7 +308,7 @@ def partition(rows: list[list[str]], asked: str | None, timeout_min: int) -> Lin
     )
     if all(there[name][1] != "up" for name in names):
         return Line(BAD, "partition", found, fix)
-    longest = max(minutes(there[name][0]) for name in names)
+    longest = max(query.minutes(there[name][0]) for name in names)
     if longest < timeout_min:
         fix = f"hydra.launcher.timeout_min={longest:.0f} (a cell that hits the limit is queued again and goes on)"
         return Line(BAD, "partition", f"{found}; timeout_min is {timeout_min}", fix)
@@ -325,9 +324,9 @@ def probe(cfg: DictConfig, params: dict[str, Any], say: Say) -> Iterator[Line]:
     job = None
     try:
         try:
-            submit = slurm.executor(short, folder, ROOT).submit
+            executor = submit.executor(short, folder, ROOT)
             with redirect_stderr(StringIO()):  # submitit shows there what it raises too
-                job = within(60, submit, look_around, needed(cfg), cfg.tracking.experiment)
+                job = within(60, executor.submit, look_around, needed(cfg), cfg.tracking.experiment)
         except Exception as error:
             yield Line(BAD, "job", f"not taken: {reason(error)}", "conf/hydra/launcher/slurm.yaml has all keys")
             return
@@ -341,7 +340,7 @@ def probe(cfg: DictConfig, params: dict[str, Any], say: Say) -> Iterator[Line]:
         if job and not job.paths.result_pickle.exists():
             told("scancel", job.job_id)
         if job:
-            slurm.wait_to_leave([job.job_id], patience_s=10)
+            submit.wait_to_leave([job.job_id], patience_s=10)
         if not any(folder.glob("*_log.*")):  # else they tell why it failed
             shutil.rmtree(folder, ignore_errors=True)
         if not any(above.iterdir()):
@@ -352,10 +351,10 @@ def wait(job: Any, folder: Path, say: Say) -> Line | None:
     """Wait for the probe's result; returns why there is none."""
     since: dict[str, float] = {}
     while not job.paths.result_pickle.exists():
-        now = slurm.ask([job.job_id])[0].get(job.job_id) or slurm.Told("unknown to Slurm")
+        now = query.ask([job.job_id])[0].get(job.job_id) or query.JobRecord("unknown to Slurm")
         state = f"job {job.job_id}: {now.state} {now.reason or now.exit_code}".strip()
-        phases = {"COMPLETED": "done"} | dict.fromkeys(slurm.RUNNING, "running")
-        phase = (phases | dict.fromkeys(slurm.PENDING, "in the queue")).get(now.state, "ended")
+        phases = {"COMPLETED": "done"} | dict.fromkeys(query.RUNNING, "running")
+        phase = (phases | dict.fromkeys(query.QUEUED, "in the queue")).get(now.state, "ended")
         clock = time.time()
         waited = clock - since.setdefault(phase, clock)
         say(f"{state}, {waited:.0f} of at most {LIMITS_S[phase]} s; Ctrl-C cancels it")

@@ -31,12 +31,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from countdown_kd import tracking
-from countdown_kd.cell import standings
 from countdown_kd.config import ConfigError, identity, substance, validate
 from countdown_kd.countdown import FAILURES
 from countdown_kd.differences import MISSING, RANKS, Difference, differences
+from countdown_kd.launching.lookup import Stage, progress_of
+from countdown_kd.launching.sweep import overrides_of
 from countdown_kd.summary import PHASE_COLOURS
-from countdown_kd.sweep import close_sweep, overrides_of
 
 # Keys that validate() allows only together: one word of the command line sets each of these.
 TOGETHER = {
@@ -124,7 +124,7 @@ def end(config: DictConfig) -> None:
     client, _ = tracking.open_store(config.tracking)
     run_id = os.environ.pop(tracking.SWEEP_RUN_ID)
     client.set_tag(run_id, "mlflow.runName", " ".join(["explain", *config.hydra.overrides.task]))
-    close_sweep(client, run_id, tracking.cells_of(client, run_id))
+    tracking.close_sweep(client, run_id, tracking.cells_of(client, run_id))
 
 
 def discard(config: DictConfig) -> None:
@@ -382,9 +382,9 @@ class Search:
                 continue
             cells[name] = cfg
             batch.append(overrides)
-        found = standings(self.client, self.experiment_id, list(cells.values()))
-        todo = [overrides for overrides, each in zip(batch, found, strict=True) if each.what != "done"]
-        self.share_runs([each.run.info.run_id for each in found if each.what == "done"])
+        progress = progress_of(self.client, self.experiment_id, list(cells.values()))
+        todo = [o for o, each in zip(batch, progress, strict=True) if each.stage is not Stage.FINISHED]
+        self.share_runs([each.run.info.run_id for each in progress if each.stage is Stage.FINISHED])
         if todo:
             self.sweeper.launcher.launch(todo, initial_job_idx=self.launched)
             self.launched += len(todo)

@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from countdown_kd.compare import is_sweep, named_run, run_side
 from countdown_kd.config import ConfigError, identity, plain, validate
 from countdown_kd.differences import LOSS, differences, rank
-from countdown_kd.plan import flat
+from countdown_kd.launching.plan import flat
 from countdown_kd.tracking import open_store
 
 if TYPE_CHECKING:

@@ -32,13 +32,14 @@ from transformers.utils.logging import disable_progress_bar
 from trl.experimental.gold import GOLDConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 
-from countdown_kd.cell import STOPPED_FILE, die_with_parent, last_checkpoint, step_of
 from countdown_kd.checkpoint import Checkpoints, Stopped, train
 from countdown_kd.config import instantiate
 from countdown_kd.data import Data
 from countdown_kd.engine import VLLM, make_vllm
 from countdown_kd.evaluate import Evaluation, evaluate, hf_sampler, vllm_sampler
 from countdown_kd.gold import CountdownTrainer
+from countdown_kd.launching.cell import die_with_parent
+from countdown_kd.launching.folder import STOPPED_FILE, last_checkpoint, step_of
 from countdown_kd.record import RecordSteps, record_config, record_evaluation, record_training
 
 log = logging.getLogger("countdown_kd")
@@ -76,7 +77,7 @@ def run(cfg: DictConfig) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
     trainer.add_callback(Checkpoints(trainer))
-    checkpoint = last_checkpoint(Path(args.output_dir))
+    checkpoint = last_checkpoint(Path(args.output_dir), os.environ.get("MLFLOW_RUN_ID", ""))
     engine = trainer.vllm_generation if trainer.use_vllm else None
     models = {"student": (student, tokenizer), "teacher": (teacher, teacher_tokenizer)}
     record_config(cfg, args, data, models, engine, resumed_at=step_of(checkpoint))

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from countdown_kd.countdown import FAILURES
-from countdown_kd.tracking import FOLDER_TAG, JOB_TAG, STATE_TAG, ui_command
+from countdown_kd.tracking import FOLDER_TAG, JOB_TAG, described, ui_command
 
 MOST_LOGS = 10  # how many dead cells' logs a summary shows the end of
 LAST_STEPS = 10  # the final loss is their mean: on- and off-policy steps differ several-fold
@@ -74,17 +74,10 @@ def show(
 
 def show_death(console: Console, cell: Run, label: str) -> None:
     """What became of a cell that did not finish, where its log is, and how that ends."""
-    console.print(f"\n[red]{escape(f'{label}: {state_of(cell)}')}[/]; its log ends with", highlight=False)
+    console.print(f"\n[red]{escape(f'{label}: {described(cell)}')}[/]; its log ends with", highlight=False)
     for line in last_lines(log_of(cell)):
         console.print(f"  │ {line}", style="dim", markup=False, highlight=False, overflow="ellipsis", no_wrap=True)
     print(f"  {log_of(cell)}")
-
-
-def state_of(cell: Run) -> str:
-    """What became of a run, in a person's words."""
-    if cell.info.status == "FINISHED":
-        return "finished"
-    return cell.data.tags.get(STATE_TAG, cell.info.status.lower())
 
 
 def log_of(cell: Run) -> Path:
@@ -113,8 +106,8 @@ def swept_params(cells: list[Run]) -> list[str]:
 
 
 def cell_label(cell: Run, names: list[str]) -> str:
-    """``precision=bf16 gen=vllm``: what tells a cell from its neighbours."""
-    return " ".join(f"{name}={cell.data.params.get(name, '-')}" for name in names) or cell.info.run_name
+    """What tells a cell from its neighbours: its name, unless they share it; then the params that differ."""
+    return cell.info.run_name if not names else "+".join(f"{name}-{cell.data.params.get(name, '')}" for name in names)
 
 
 def final_loss(client: MlflowClient, cell: Run) -> float | None:
@@ -188,7 +181,7 @@ def summary_table(client: MlflowClient, cells: list[Run], labels: Sequence[str] 
         before, after = solved(metrics, "eval_before"), solved(metrics, "eval")
         accuracy = f"{before} → {after}" if before and after else after or before or "–"
         if cell.info.status != "FINISHED":
-            accuracy = state_of(cell)  # it has no result to compare, whatever it got to
+            accuracy = described(cell)  # it has no result to compare, whatever it got to
         row = [labels[number]] if labels else [cell.data.params.get(name, "–") for name in names]
         row += [
             f"{loss:.4f}" if loss is not None else "–",
@@ -221,7 +214,9 @@ def summary_figure(client: MlflowClient, cells: list[Run], file: Path, labels: S
     from matplotlib.figure import Figure
 
     names = swept_params(cells)
-    labels = [textwrap.fill(each, 32, max_lines=3) for each in labels or [cell_label(cell, names) for cell in cells]]
+    labels = labels or [cell_label(cell, names) for cell in cells]
+    wrap = textwrap.TextWrapper(32, max_lines=3, break_on_hyphens=False).fill
+    labels = [wrap(each.replace("+", "+ ")).replace("+ ", "+") for each in labels]  # a name has no space to break at
     rows = range(len(cells))
     figure = Figure(figsize=(13, 4.4 + 0.8 * max(4, len(cells))), layout="constrained")
     (losses, accuracies), (times, failures) = figure.subplots(2, 2)

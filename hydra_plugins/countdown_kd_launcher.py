@@ -1,4 +1,4 @@
-"""Hydra takes launchers from below hydra_plugins only; the work is in countdown_kd/slurm.py."""
+"""Hydra takes launchers from below hydra_plugins only; the work is in countdown_kd/launching/slurm/."""
 
 from collections.abc import Sequence
 
@@ -10,6 +10,6 @@ class SlurmLauncher(StockLauncher):
     """Sends cells to Slurm with hydra-submitit-launcher's parameters; submission and supervision are ours."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from countdown_kd.slurm import launch
+        from countdown_kd.launching.slurm.submit import launch
 
         return launch(self.hydra_context.config_loader, self.config, self.params, job_overrides, initial_job_idx)

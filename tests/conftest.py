@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
+from mlflow.entities import Metric
+from omegaconf import OmegaConf
 from slurm import slurm  # noqa: F401  a fixture
 
-from countdown_kd.config import ROOT, register_resolvers
+from countdown_kd import tracking
+from countdown_kd.config import ROOT, identity, register_resolvers
+from countdown_kd.launching.folder import CONFIG, claim
+from countdown_kd.launching.states import State
 
 # No test may look for a hub; a name that is not a folder here must fail at once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
@@ -57,6 +62,20 @@ class Launcher:
             [experiment.experiment_id], f"tags.`countdown_kd.kind` = '{kind}'",
             order_by=["attributes.start_time"],
         )  # fmt: skip
+
+    def put(self, cfg, state: State, details: str = "", folder: Path | None = None, metrics=(), **tags: str) -> str:
+        """A cell's run as an earlier command would have left it; returns its id. Nothing trains for it."""
+        client, experiment_id = tracking.open_store(OmegaConf.create({"uri": self.uri, "experiment": "countdown_kd"}))
+        tags |= {
+            tracking.IDENTITY_TAG: identity(cfg), tracking.FOLDER_TAG: str(folder or "/nowhere"),
+            tracking.STATE_TAG: state, tracking.DETAILS_TAG: details,
+        }  # fmt: skip
+        run_id = tracking.start_run(client, experiment_id, "cell", "cell", {"seed": str(cfg.seed)}, tags)
+        client.log_batch(run_id, metrics=[Metric(name, value, 0, 0) for name, value in dict(metrics).items()])
+        if folder:
+            claim(folder, identity(cfg), "cell", run_id).release()
+            (folder / CONFIG).touch()
+        return run_id
 
     def losses(self, run_id: str) -> list[float]:
         history = self.client.get_metric_history(run_id, "train/loss")

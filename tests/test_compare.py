@@ -288,7 +288,7 @@ def test_values_and_names_in_brackets_are_shown_as_they_are(made):
     made.add("x[/y]", {"stop": "[/INST]", "pad": "[pad]"}, params={"k": "[a]"}, tags={"countdown_kd.state": "[/z]"})
     made.add("b", {"stop": "[/s]", "pad": "[eos]"}, params={"k": "[/b]"}, status="FAILED")
     said = made.said("x[/y]", "b")
-    assert all(word in said for word in ("[/INST]", "[pad]", "[eos]", "k=[a]", "k=[/b]"))
+    assert all(word in said for word in ("[/INST]", "[pad]", "[eos]", "k-[a]", "k-[/b]"))
     assert "no[/y]: no run by that id or name" in made.said("no[/y]", "b", code=2)
 
 
@@ -365,13 +365,13 @@ def test_of_many_sides_it_is_said_which_have_which_value(made):
     for i in range(12):
         made.add(f"r{i}", {"optim": "adamw_torch" if i < 11 else "sgd"}, params={"seed": str(i)})
     said = made.said(*(f"r{i}" for i in range(12)), width=80)
-    assert "adamw_torch: 1–11" in said and "sgd: 12" in said and "12  seed=11" in said
+    assert "adamw_torch: 1–11" in said and "sgd: 12" in said and "12  seed-11" in said
 
 
 def test_the_seconds_of_each_phase_stand_beside_the_outcomes(made):
     for name in "ab":
         made.add(name, {"x": 1}, params={"gen": name}, metrics={"perf/phase/generate_s": 0.61})
-    assert re.search(r"gen=a +0.61 +–", made.said("a", "b"))
+    assert re.search(r"gen-a +0.61 +–", made.said("a", "b"))
 
 
 def test_files_are_compared_without_a_store(tmp_path):
@@ -419,7 +419,7 @@ def test_the_key_that_differs_and_the_step_where_the_losses_part(runs):
     # The first update has warm-up's learning rate 0; from the second on the weights differ.
     assert (draws, puzzles) == ("never", "never") and int(loss) in (2, 3)
     assert rollouts == "never" or int(rollouts) >= int(loss)
-    assert re.search(r"learning_rate=1e-4 +\S+ +1 ", result.stdout), "one pair of repeats"
+    assert re.search(r"learning_rate-1e-4 +\S+ +1 ", result.stdout), "one pair of repeats"
     assert "--all" in result.stdout
     assert "output_dir" in command(launch, one, other, "--all").stdout
 
@@ -458,7 +458,7 @@ def test_a_sweep_is_compared_by_its_cells(tmp_path):
     assert launch("-m", "baseline=student,teacher", "eval.num_puzzles=30").returncode == 0
     result = command(launch, launch.runs("sweep")[0].info.run_id)
     assert result.returncode == 0, result.stderr
-    assert "baseline=student → baseline=teacher" in result.stdout
+    assert "baseline-student → baseline-teacher" in result.stdout
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     (sweep,) = launch.runs("sweep")
     assert "compare.png" in [file.path for file in launch.client.list_artifacts(sweep.info.run_id)]

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from countdown_kd import config
 from countdown_kd.config import ROOT, ConfigError, identity, validate
 from countdown_kd.declared import gold_config_fields
-from countdown_kd.sweep import compose_all, grid
+from countdown_kd.launching.sweep import compose_all, grid
 
 GROUPS = ("task", "model", "teacher", "precision", "gen", "dist", "eval", "experiment")
 OPTIONS = [(group, option) for group in GROUPS for option in option_names(group)]
@@ -91,6 +91,8 @@ def test_precision_sets_weights_autocast_and_rollouts(cell, precision, weights, 
         (["baseline=both"], "baseline=both: it must be student or teacher, or null"),
         (["eval.rule=once"], "eval.rule=once: it must be exactly_once or at_most_once"),
         (["eval.num_puzzles=0"], "eval.num_puzzles=0: it must be greater than 0"),
+        (["eval.batch_size=0"], "eval.batch_size=0: it must be greater than 0"),
+        (["eval.max_new_tokens=0"], "eval.max_new_tokens=0: it must be greater than 0"),
         (["eval.max_new_tokens=128"], "leaves no room for a prompt"),
         (["+trainer.hub_token=hf_x"], "Set it in the environment instead (HF_TOKEN, or `hf auth login` once)"),
         (["gen.steps_per_rollout=0"], "gen.steps_per_rollout=0: it must be greater than 0"),
@@ -184,6 +186,7 @@ def test_launcher_paths_and_logging_do_not_change_what_a_cell_is(cell, override)
     [
         "seed=1", "precision=bf16", "gen=vllm", "trainer.lmbda=0.25", "eval.num_puzzles=10", "dist=ddp",
         "task.num_train=100", "+trainer.weight_decay=0.1", "baseline=student", "trainer.learning_rate=1e-4",
+        "trainer.logging_nan_inf_filter=true",
     ],
 )  # fmt: skip
 def test_whatever_matters_to_the_result_changes_what_a_cell_is(cell, override):
@@ -203,6 +206,26 @@ def test_a_local_file_counts_by_its_content(cell, jsonl_pair, tmp_path):
     assert identity(cell(*(each.format(tmp_path / "copy") for each in task))) != here
 
 
+def test_a_file_below_the_home_folder_counts_by_its_content(cell, jsonl_pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = "task=jsonl task.train_file='{0}/train.jsonl' task.test_file='{0}/test.jsonl'"
+    assert identity(cell(*files.format("~").split())) == identity(cell(*files.format(tmp_path).split()))
+
+
+def test_files_of_one_size_that_differ_in_a_few_bytes_are_two(cell, tmp_path):
+    """Up to 64 MiB every byte counts. The files are sparse: only the changed bytes take room."""
+    known = []
+    for changed_at in (None, 3 * 2**20 // 2, 61 * 2**20):
+        file = tmp_path / f"{changed_at}.jsonl"
+        with open(file, "wb") as stream:
+            stream.truncate(64 * 2**20)
+            if changed_at:
+                stream.seek(changed_at)
+                stream.write(b"other")
+        known.append(identity(cell("task=jsonl", f"task.train_file={file}", "task.test_file=x")))
+    assert len(set(known)) == 3
+
+
 def test_cells_composed_together_are_what_hydra_composes():
     """Values, options, additions, deletions, hydra's own keys, a group's option among values."""
     arguments = [
@@ -217,6 +240,9 @@ def test_cells_composed_together_are_what_hydra_composes():
         plain = [loader.load_sweep_config(master, list(cell)) for cell in cells]
         ours = compose_all(master, cells)
         assert len(cells) == 8
+        names = [str(cell.hydra.job.override_dirname) for cell in ours]
+        assert names[0] == "seed-1+precision-bf16+eval-sampled", "what was swept, in the order in which it was typed"
         for one, other, overrides in zip(ours, plain, cells, strict=True):
+            one.hydra.job.override_dirname = other.hydra.job.override_dirname
             assert OmegaConf.to_container(one) == OmegaConf.to_container(other)
             assert loader.load_sweep_config(master, overrides) is one, "Hydra finds what is composed"

@@ -14,6 +14,7 @@ from rich.console import Console
 from countdown_kd import tracking
 from countdown_kd.config import ROOT, ConfigError, identity
 from countdown_kd.explain import Unit, all_of, check_settings, compose, differing, draw, ends, minimal, show_units
+from countdown_kd.launching.states import State
 
 
 def some_units(number):
@@ -210,7 +211,8 @@ def test_a_metric_that_only_a_finished_run_has_logged_is_known(tmp_path):
     client, experiment_id = tracking.open_store(config.tracking)
     run_id = tracking.start_run(client, experiment_id, "a", "cell")
     client.log_metric(run_id, "train/entropy", 1.0)
-    tracking.end_run(client, run_id, "FINISHED", "finished")
+    tracking.set_state(client, run_id, State.RUNNING)
+    tracking.set_state(client, run_id, State.FINISHED)
     check_settings(SimpleNamespace(metric="train/entropy", seeds=3, tolerance=0, share=0.9, config=config))
 
 

@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 from trl.experimental.gold import GOLDConfig
 
 from countdown_kd import perf
-from countdown_kd.cell import STOP_FILE, last_checkpoint
 from countdown_kd.checkpoint import Checkpoints, Stopped, train
 from countdown_kd.config import ROOT, instantiate, register_resolvers
 from countdown_kd.gold import CountdownTrainer, rollout_lengths
+from countdown_kd.launching.folder import STOP_FILE, last_checkpoint
 from countdown_kd.run import load
 from countdown_kd.summary import PHASE_COLOURS
 
@@ -219,7 +219,7 @@ def test_a_run_goes_on_as_if_nothing_had_been(tmp_path, overrides, stops_after):
         train(begun, None)
     (tmp_path / "interrupted" / STOP_FILE).unlink()
     resumed = start("interrupted")
-    train(resumed, last_checkpoint(tmp_path / "interrupted"))
+    train(resumed, last_checkpoint(tmp_path / "interrupted", run_id=""))
     assert losses(resumed) == losses(straight)
     assert all(map(torch.equal, resumed.model.parameters(), straight.model.parameters()))
 

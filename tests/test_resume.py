@@ -80,13 +80,14 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_weights_and_lo
 
 
 def test_after_ctrl_c_a_cell_goes_on_where_it_stopped(launch):
-    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    # As in a terminal, which sends SIGINT to all processes of the command in the foreground, not to the first alone.
+    listen = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
     long = ("trainer.max_steps=60", *CELL[1:])
     process = launch.start(*long, **listen)
     while not (files(launch, "run.log") and len(history(launch)) >= 3):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and "stopped by Ctrl-C" in err
     (cell,) = launch.runs("cell")

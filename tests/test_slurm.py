@@ -17,8 +17,11 @@ from omegaconf import OmegaConf
 
 from countdown_kd import tracking
 from countdown_kd.config import ROOT
-from countdown_kd.slurm import Job, Told, leave_or_cancel, one_task, verdict
-from countdown_kd.status import status
+from countdown_kd.launching.slurm.job import Job
+from countdown_kd.launching.slurm.query import JobRecord, state_by
+from countdown_kd.launching.slurm.submit import leave_or_cancel, one_task
+from countdown_kd.launching.states import State
+from countdown_kd.launching.status import status
 
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=4")
 SHORT = ("trainer.max_steps=5", "trainer.per_device_train_batch_size=4", "eval.num_puzzles=40")
@@ -73,7 +76,7 @@ def accounted(slurm, job: str, *arguments: str) -> list[str]:
 
 
 def state(run) -> str:
-    return run.data.tags["countdown_kd.state"]
+    return tracking.described(run)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def test_the_sweep_on_slurm_solves_what_the_local_one_solves(slurm, tmp_path):
     process = there.start(*grid, "gen=vllm,hf", *SLURM)
     try:
         # Two at a time, and a job that runs bears its cell's name.
-        wait(lambda: slurm.run("squeue", "-h", "-t", "R", "-o", "%j").count("gen=") == 2, process)
+        wait(lambda: slurm.run("squeue", "-h", "-t", "R", "-o", "%j").count("gen-") == 2, process)
         assert len(slurm.run("squeue", "-h", "-r", "-t", "PD").splitlines()) == 2
         out, err = process.communicate(timeout=900)
     finally:
@@ -238,52 +241,52 @@ def test_a_cell_at_its_time_limit_is_queued_again_and_goes_on(slurm, launch):
         process.kill()
     assert process.returncode == 0, err
     (run,) = launch.runs("cell")
-    assert steps(launch, run) == list(range(1, 401)) and run.data.tags["countdown_kd.timeouts"] == "1"
+    assert steps(launch, run) == list(range(1, 401))
+    assert Path(run.data.tags["countdown_kd.folder"], "timeouts").read_text() == "1"
 
 
 @pytest.mark.parametrize(
-    "slurms, exit_code, ran, said, told",
+    "slurms, exit_code, ran, known, state, details",
     [
-        ("PENDING", "0:0", False, "pending", ("SCHEDULED", "pending")),
-        ("PENDING", "0:0", True, "preempted, goes on", ("SCHEDULED", "preempted, goes on")),
-        ("PENDING", "0:0", True, "stopped", ("SCHEDULED", "stopped, goes on")),  # SIGTERM was a preemption
-        ("RUNNING", "0:0", True, "pending (Priority)", ("RUNNING", "starting")),
-        ("RUNNING", "0:0", True, "running", ("RUNNING", "running")),
-        ("COMPLETING", "0:0", True, "stopped", ("RUNNING", "stopped")),  # not over: Slurm has not said what it was
-        ("CANCELLED", "0:0", True, "stopped", ("KILLED", "cancelled")),
-        ("FAILED", "143:0", True, "stopped", ("KILLED", "stopped")),
-        (None, "", True, "stopped", ("KILLED", "stopped")),
-        ("OUT_OF_MEMORY", "0:125", True, "running", ("KILLED", "out of memory")),
-        ("OUT_OF_MEMORY", "0:125", True, "killed by SIGKILL", ("KILLED", "out of memory")),
-        ("NODE_FAIL", "0:0", True, "running", ("KILLED", "node failed")),
-        ("PREEMPTED", "0:0", True, "running", ("KILLED", "preempted")),
-        ("PREEMPTED", "0:0", True, "preempted; no requeue", ("KILLED", "preempted; no requeue")),
-        ("CANCELLED", "0:0", False, "pending", ("KILLED", "never started")),
-        ("CANCELLED", "0:0", False, "never started", ("KILLED", "never started")),
-        ("FAILED", "1:0", True, "running", ("FAILED", "failed (exit code 1)")),
-        ("FAILED", "9:0", True, "running", ("KILLED", "killed by SIGKILL")),  # sacct's word for 137
-        ("FAILED", "137:0", True, "running", ("KILLED", "killed by SIGKILL")),  # scontrol's
-        ("FAILED", "0:9", True, "running", ("KILLED", "killed by SIGKILL")),  # the batch script itself
-        ("FAILED", "127:0", True, "running", ("FAILED", "failed (exit code 127)")),
-        ("FAILED", "3:0", True, "starting", ("FAILED", "never started (exit code 3)")),
-        ("FAILED", "126:0", True, "pending", ("FAILED", "never started (exit code 126)")),
-        ("FAILED", "127:0", True, "pending", ("FAILED", "never started (exit code 127)")),
-        ("FAILED", "255:0", True, "starting", ("FAILED", "never started (exit code 255)")),
-        ("FAILED", "0:53", True, "pending", ("FAILED", "never started (exit code 0:53)")),  # its log cannot be written
-        (None, "", True, "running", ("KILLED", "gone: Slurm does not know its job any more")),
+        ("PENDING", "0:0", False, State.PENDING, State.PENDING, ""),
+        ("PENDING", "0:0", True, State.PREEMPTED_REQUEUED, State.PREEMPTED_REQUEUED, ""),
+        ("PENDING", "0:0", True, State.STOPPING, State.STOPPED_REQUEUED, ""),  # SIGTERM was a preemption
+        ("PENDING", "0:0", True, State.RUNNING, State.PENDING, ""),  # an administrator has queued it again
+        ("RUNNING", "0:0", True, State.PENDING, State.STARTING, ""),
+        ("RUNNING", "0:0", True, State.RUNNING, State.RUNNING, ""),
+        ("COMPLETING", "0:0", True, State.STOPPING, State.STOPPING, ""),  # not over: Slurm has not said what it was
+        ("CANCELLED", "0:0", True, State.STOPPING, State.CANCELLED, ""),
+        ("FAILED", "143:0", True, State.STOPPING, State.STOPPED, ""),
+        (None, "", True, State.STOPPING, State.STOPPED, ""),
+        ("OUT_OF_MEMORY", "0:125", True, State.RUNNING, State.OUT_OF_MEMORY, ""),
+        ("OUT_OF_MEMORY", "0:125", True, State.KILLED, State.OUT_OF_MEMORY, ""),
+        ("NODE_FAIL", "0:0", True, State.RUNNING, State.NODE_FAILED, ""),
+        ("PREEMPTED", "0:0", True, State.RUNNING, State.PREEMPTED, ""),
+        ("PREEMPTED", "0:0", True, State.PREEMPTING, State.PREEMPTED, ""),
+        ("CANCELLED", "0:0", False, State.PENDING, State.NEVER_STARTED, ""),
+        ("CANCELLED", "0:0", False, State.NEVER_STARTED, State.NEVER_STARTED, ""),
+        ("FAILED", "1:0", True, State.RUNNING, State.FAILED, "exit code 1"),
+        ("FAILED", "9:0", True, State.RUNNING, State.KILLED, "SIGKILL"),  # sacct's word for 137
+        ("FAILED", "137:0", True, State.RUNNING, State.KILLED, "SIGKILL"),  # scontrol's
+        ("FAILED", "0:9", True, State.RUNNING, State.KILLED, "SIGKILL"),  # the batch script itself
+        ("FAILED", "127:0", True, State.RUNNING, State.FAILED, "exit code 127"),
+        ("FAILED", "3:0", True, State.STARTING, State.FAILED_TO_START, "exit code 3"),
+        ("FAILED", "126:0", True, State.PENDING, State.FAILED_TO_START, "exit code 126"),
+        ("FAILED", "127:0", True, State.PENDING, State.FAILED_TO_START, "exit code 127"),
+        ("FAILED", "255:0", True, State.STARTING, State.FAILED_TO_START, "exit code 255"),
+        ("FAILED", "0:53", True, State.PENDING, State.FAILED_TO_START, "exit code 0:53"),  # no log can be written
+        (None, "", True, State.RUNNING, State.LOST, "Slurm does not know its job any more"),
     ],
 )
-def test_every_end_has_its_word(slurms, exit_code, ran, said, told):
-    status = "KILLED" if said.startswith("killed") else "RUNNING"
-    run = SimpleNamespace(info=SimpleNamespace(status=status), data=SimpleNamespace(tags={"countdown_kd.state": said}))
-    assert verdict(run, slurms and Told(slurms, exit_code, ran=ran)) == told
+def test_every_end_has_its_state(slurms, exit_code, ran, known, state, details):
+    assert state_by(slurms and JobRecord(slurms, exit_code, ran=ran), known) == (state, details)
 
 
 def test_a_job_that_ends_in_its_setup_never_started(slurm, launch):
     result = launch("-m", "seed=1", *SHORT, *SLURM, "hydra.launcher.setup=['sleep 6', 'exit 127']")
     assert result.returncode == 1 and "ValueError" not in result.stderr
     (run,) = launch.runs("cell")
-    assert (run.info.status, state(run)) == ("FAILED", "never started (exit code 127)")
+    assert (run.info.status, state(run)) == ("FAILED", "failed to start (exit code 127)")
     assert accounted(slurm, run.data.tags["countdown_kd.slurm_job"]) == ["FAILED"]
 
 
@@ -294,7 +297,7 @@ def cell_with_a_job(tmp_path, monkeypatch):
     client, experiment_id = tracking.open_store(store)
     sweep = tracking.start_run(client, experiment_id, "sweep", "sweep")
     monkeypatch.setenv(tracking.SWEEP_RUN_ID, sweep)
-    tags = {tracking.JOB_TAG: "123", tracking.STATE_TAG: "running"}
+    tags = {tracking.JOB_TAG: "123", tracking.STATE_TAG: State.RUNNING}
     run_id = tracking.start_run(client, experiment_id, "cell", "cell", tags=tags)
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -328,13 +331,13 @@ def test_no_answer_of_slurm_changes_nothing_and_is_told(cell_with_a_job, capsys)
     store.answer("sacct", script="echo 'JobID|State|ExitCode|Start'")
     assert look() == unchanged, "accounting alone may not know it yet"
     store.answer("squeue", "scontrol", script="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert look() == (1, "gone: Slurm does not know its job any more", ["KILLED", "KILLED"], False)
+    assert look() == (1, "lost (Slurm does not know its job any more)", ["KILLED", "KILLED"], False)
 
 
 def test_ctrl_c_leaves_a_cell_that_runs_without_slurm(cell_with_a_job, monkeypatch, capsys):
     store = cell_with_a_job
     store.client.delete_tag(store.run_id, tracking.JOB_TAG)
-    monkeypatch.setattr("countdown_kd.slurm.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("countdown_kd.launching.slurm.submit.time.sleep", lambda seconds: None)
     with pytest.raises(SystemExit) as end:
         leave_or_cancel(store.client, [store.run_id])
     assert end.value.code == 130 and "scancel" not in capsys.readouterr().out
@@ -343,17 +346,17 @@ def test_ctrl_c_leaves_a_cell_that_runs_without_slurm(cell_with_a_job, monkeypat
 @pytest.mark.parametrize(
     "received, said",
     [
-        ([signal.SIGUSR2], "timed out; Slurm does not queue it again: requeue is disabled"),
-        ([signal.SIGUSR2, signal.SIGTERM], "timed out; Slurm does not queue it again: requeue is disabled"),
+        ([signal.SIGUSR2], "timed out (Slurm does not queue it again: requeue is disabled)"),
+        ([signal.SIGUSR2, signal.SIGTERM], "timed out (Slurm does not queue it again: requeue is disabled)"),
         ([signal.SIGTERM], "stopped"),
     ],
 )
-def test_a_job_that_stopped_waits_for_slurm_and_never_ends_well(cell_with_a_job, monkeypatch, received, said):
+def test_a_job_that_stopped_waits_for_slurm_and_never_ends_well(cell_with_a_job, tmp_path, monkeypatch, received, said):
     store, slept = cell_with_a_job, []
     store.answer("scontrol", script="echo 'requeue is disabled' >&2; exit 1")
-    monkeypatch.setattr("countdown_kd.slurm._times", lambda job: (5400, 7200))
-    monkeypatch.setattr("countdown_kd.slurm.time.sleep", slept.append)
-    cell = SimpleNamespace(store=store.client, run_id=store.run_id, name="cell")
+    monkeypatch.setattr("countdown_kd.launching.slurm.job.times", lambda job: (5400, 7200))
+    monkeypatch.setattr("countdown_kd.launching.slurm.job.time.sleep", slept.append)
+    cell = SimpleNamespace(store=store.client, run_id=store.run_id, name="cell", folder=tmp_path)
     job = Job(cell, signal_delay_s=1800, max_num_timeout=20, received=dict.fromkeys(received, 0))
     with pytest.raises(SystemExit) as end:
         job.interrupted("123")

@@ -228,4 +228,4 @@ def test_idle_gpus_are_told_of_below_the_table(watched, store, tmp_path, capsys)
     show(client, cells, "sqlite:///x.db", tmp_path)
     text = " ".join(capsys.readouterr().out.split())
     for gen in ("hf", "vllm"):
-        assert f"gen={gen}: 1 of 2 GPUs did nothing while it trained; dist=ddp" in text
+        assert f"gen-{gen}: 1 of 2 GPUs did nothing while it trained; dist=ddp" in text

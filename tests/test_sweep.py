@@ -2,14 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
+from countdown_kd import tracking
 from countdown_kd.config import ROOT
 from countdown_kd.countdown import FAILURES
+from countdown_kd.launching.states import State
+from countdown_kd.launching.status import status
 from countdown_kd.perf import PHASES
 
 SHORT = ("trainer.max_steps=4", "trainer.per_device_train_batch_size=4", "eval.num_puzzles=20")
@@ -161,8 +167,68 @@ def test_two_ranks_share_one_run_of_the_snapshot(launch):
     assert EVALUATED | TRAINED <= set(cell.data.metrics)
 
 
+def test_ten_cells_in_another_order_are_the_same_sweep(cell, launch):
+    """Whatever order Python's sets have in a process: it depends on a seed."""
+    solved = {"eval/accuracy": 0.5, "eval/accuracy_low": 0.4, "eval/accuracy_high": 0.6}
+    seeds = [str(seed) for seed in range(10)]
+    for seed in seeds:
+        launch.put(cell(f"seed={seed}"), State.FINISHED, metrics=solved)
+    for order in (seeds, seeds[::-1]):
+        launch.environment = {"PYTHONHASHSEED": order[0]}
+        result = launch("-m", f"seed={','.join(order)}")
+        assert result.returncode == 0 and "10 of 10 cells are done" in result.stdout, result.stderr
+        assert result.stdout.count("50 (40–60)") == 10
+    assert len(launch.runs("sweep")) == 1 and len(launch.runs("cell")) == 10
+
+
+def test_what_is_not_committed_is_kept_beside_the_code_staged_or_not(launch):
+    checkout = launch.folder / "checkout"
+    for name in ("countdown_kd", "conf", "sweeps", "hydra_plugins"):
+        shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    launch.program = Path(shutil.copy(ROOT / "launch.py", checkout))
+    launch.environment = {"PYTHONPATH": str(checkout)}
+    run, staged = checkout / "countdown_kd" / "run.py", checkout / "conf" / "task" / "tiny.yaml"
+    run.write_text("raise SystemExit('nothing to train here')\n")
+    git = "git init -q && git add . && git -c user.name=me -c user.email=me@example.org commit -qm begun"
+    subprocess.run(git, shell=True, cwd=checkout, check=True)
+    staged.write_text(staged.read_text() + "# an edit that is staged\n")
+    subprocess.run(["git", "add", "."], cwd=checkout, check=True)
+    run.write_text(run.read_text() + "# an edit that is not\n")
+    assert "failed (exit code 1)" in launch().stderr
+    (kept,) = launch.folder.glob("outputs/*/*/.code/*/code.diff")
+    assert "\n+# an edit that is staged" in kept.read_text() and "\n+# an edit that is not" in kept.read_text()
+    (commit,) = launch.folder.glob("outputs/*/*/.code/*/commit")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
+    assert commit.read_text() == launch.runs("cell")[0].data.tags["mlflow.source.git.commit"] == head
+
+
 # ------------------------------------------------------------------------------------------------
 # Runs end as what they were
+
+
+def test_a_sweep_that_cannot_start_starts_no_cell(launch):
+    """As on a full disk: the copy of the code finds no room."""
+    there = launch.folder / "there"
+    there.mkdir()
+    (there / ".code").write_text("in the way")
+    result = launch("-m", "baseline=student,teacher", "eval.num_puzzles=1", f"hydra.sweep.dir={there}")
+    assert result.returncode == 1 and ".code" in result.stderr
+    assert not launch.runs("cell")
+
+
+def test_a_sweep_is_under_way_while_a_cell_of_it_is_queued_or_runs_elsewhere(cell, launch, monkeypatch):
+    client, experiment_id = tracking.open_store(cell(f"tracking.uri={launch.uri}").tracking)
+    sweep = tracking.start_run(client, experiment_id, "sweep", "sweep")
+    monkeypatch.setenv(tracking.SWEEP_RUN_ID, sweep)
+    launch.put(cell("seed=1"), State.FINISHED)
+    last = launch.put(cell("seed=2"), State.PENDING)
+    for going_on in ("SCHEDULED", "RUNNING"):
+        client.update_run(last, going_on)
+        assert status(client, experiment_id, None, live=False) == 1
+        assert client.get_run(sweep).info.status == "RUNNING"
+    client.set_terminated(last, "FINISHED")
+    assert status(client, experiment_id, None, live=False) == 0
+    assert client.get_run(sweep).info.status == "FINISHED"
 
 
 def test_a_mistake_in_one_cell_is_told_before_any_cell_runs(launch):

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from countdown_kd import tracking
+from countdown_kd.launching.states import State
 
 
 def store(uri):
@@ -25,10 +26,17 @@ def test_opening_makes_store_and_experiment_once_with_artifacts_beside_it(tmp_pa
     assert location == (tmp_path / "mlartifacts" / "countdown_kd").as_uri()
 
 
+def test_a_store_beside_the_current_folder_keeps_its_artifacts_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    client, experiment_id = tracking.open_store(store("sqlite:///beside.db"))
+    location = client.get_experiment(experiment_id).artifact_location
+    assert location == (tmp_path / "mlartifacts" / "countdown_kd").as_uri(), "also seen from another folder"
+
+
 def test_a_deleted_experiment_is_told(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     client.delete_experiment(client.create_experiment("countdown_kd"))
-    with pytest.raises(Exception, match="was deleted in .* restore it, or set tracking.experiment"):
+    with pytest.raises(Exception, match="was deleted in .* restore --experiment-id 1.*set tracking.experiment"):
         tracking.open_store(store(f"sqlite:///{tmp_path}/mlflow.db"))
 
 
@@ -41,7 +49,15 @@ def test_cells_are_found_under_their_sweep(tmp_path, monkeypatch):
         tracking.start_run(client, experiment_id, name, "cell", {"seed": "1"})
     cells = tracking.cells_of(client, sweep)
     assert [cell.info.run_name for cell in cells] == ["first", "second"]
-    assert cells[0].data.params == {"seed": "1"} and cells[0].info.status == "RUNNING"
+    assert cells[0].data.params == {"seed": "1"} and cells[0].info.status == "SCHEDULED"
+
+
+def test_every_cell_of_a_large_sweep_is_found(tmp_path, monkeypatch):
+    """Stores answer in pages, the first of 100 in some."""
+    client, experiment_id = tracking.open_store(store(f"sqlite:///{tmp_path}/mlflow.db"))
+    monkeypatch.setenv(tracking.SWEEP_RUN_ID, sweep := tracking.start_run(client, experiment_id, "sweep", "sweep"))
+    submitted = [tracking.start_run(client, experiment_id, f"cell {n}", "cell") for n in range(101)]
+    assert {cell.info.run_id for cell in tracking.cells_of(client, sweep)} == set(submitted)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +73,12 @@ def test_the_way_to_the_ui_shows_no_password(uri, command):
     assert shown.endswith(command) and "secret" not in shown
     if shown != command:
         assert shown.startswith(str(Path(sys.executable).parent)), "the program that is not on the path"
+
+
+@pytest.mark.parametrize("told", ["http://me:sword%2Ffish@host", "sword/fish refused", "no such user: sword%2Ffish"])
+def test_a_password_is_hidden_as_it_stands_in_the_address_and_as_it_is_meant(told):
+    shown = tracking.without_password(f"no answer: {told}", "http://me:sword%2Ffish@host:5000")
+    assert shown.startswith("no answer: ") and "***" in shown and "sword" not in shown
 
 
 def log_as_a_cell_does(uri, run_id, steps):
@@ -87,8 +109,9 @@ def test_a_cell_begun_twice_counts_once_and_finished_first(tmp_path, monkeypatch
     tags = {tracking.IDENTITY_TAG: "abc"}
     first, second, third = (tracking.start_run(client, experiment_id, "cell", "cell", tags=tags) for _ in range(3))
     assert tracking.find(client, experiment_id, "abc").info.run_id == third
-    tracking.end_run(client, third, "FAILED", "failed (exit code 1)")
-    tracking.end_run(client, second, "FINISHED", "finished")
+    tracking.set_state(client, third, State.FAILED, "exit code 1")
+    tracking.set_state(client, second, State.RUNNING)
+    tracking.set_state(client, second, State.FINISHED)
     assert tracking.find(client, experiment_id, "abc").info.run_id == second
     assert [cell.info.run_id for cell in tracking.cells_of(client, sweep)] == [second]
     assert tracking.find(client, experiment_id, "other") is None

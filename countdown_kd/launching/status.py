@@ -19,14 +19,13 @@ from rich.live import Live
 from rich.table import Table
 
 from countdown_kd import tracking
-from countdown_kd.cell import locked
-from countdown_kd.slurm import NOBODY, refresh
-from countdown_kd.summary import cell_label, log_of, state_of, swept_params
-from countdown_kd.sweep import close_sweep
+from countdown_kd.launching.folder import CONFIG, is_held
+from countdown_kd.launching.slurm.query import NOBODY, refresh
+from countdown_kd.launching.states import ALIVE, WAITING, State
+from countdown_kd.summary import cell_label, log_of, swept_params
 
 POLL_S = 5  # Slurm's controllers do not like to be asked more often
-GOING_ON = ("SCHEDULED", "RUNNING")
-SOURCES = {  # what slurm.refresh goes by, where that has to be said
+SOURCES = {  # what query.refresh goes by, where that has to be said
     "scontrol": "sacct does not answer: what became of a job is what Slurm's controller still remembers\n",
     NOBODY: "Slurm does not answer here: states are the last known\n",
 }
@@ -47,12 +46,12 @@ def follow(client: MlflowClient, run_ids: Sequence[str]) -> None:
                 print(SOURCES.get(source, ""), end="", flush=True)
             said = source
             for run in runs:
-                state = state_of(run)
+                state = tracking.described(run)
                 if not console.is_terminal and before.get(run.info.run_id) != state:
                     label = cell_label(run, swept_params(runs))
                     print(f"{time.strftime('%H:%M:%S')}  {label}: {state}", flush=True)
                 before[run.info.run_id] = state
-            if not any(run.info.status in GOING_ON for run in runs):
+            if not any(tracking.state_of(run) in ALIVE for run in runs):
                 break
             time.sleep(POLL_S)
     if console.is_terminal:  # the table is gone
@@ -66,12 +65,18 @@ def look(client: MlflowClient, run_ids: Sequence[str]) -> tuple[list[Run], str]:
     """
     source = ""
     runs = [client.get_run(run_id) for run_id in run_ids]
+    opening = None
     for i, run in enumerate(runs):
+        state = tracking.state_of(run)
         folder = Path(run.data.tags.get(tracking.FOLDER_TAG, "nowhere"))
-        if run.info.status in GOING_ON and tracking.JOB_TAG not in run.data.tags and folder.is_dir():
-            if not locked(folder):
-                tracking.end_run(client, run.info.run_id, "KILLED", "killed")
-                runs[i] = client.get_run(run.info.run_id)
+        if state not in ALIVE or tracking.JOB_TAG in run.data.tags or not folder.is_dir() or is_held(folder):
+            continue
+        if opening is None:
+            opening = tracking.lock_of(client.tracking_uri, "launching").is_held()
+        if state in WAITING and opening:
+            continue  # a launcher has opened it and is about to submit it
+        tracking.set_state(client, run.info.run_id, State.NEVER_STARTED if state in WAITING else State.KILLED)
+        runs[i] = client.get_run(run.info.run_id)
     unfinished = [run for run in runs if run.info.status != "FINISHED" and tracking.JOB_TAG in run.data.tags]
     if unfinished:
         source = refresh(client, unfinished)
@@ -81,7 +86,7 @@ def look(client: MlflowClient, run_ids: Sequence[str]) -> tuple[list[Run], str]:
 
 def status_table(client: MlflowClient, runs: Sequence[Run]) -> Table:
     """A row a cell, what runs first: a terminal may not be long enough for all; s/it is that of the last ten steps."""
-    counts = Counter(state_of(run).partition(" (")[0] for run in runs)
+    counts = Counter(tracking.state_of(run) for run in runs)
     caption = f"{len(runs)} cells: " + ", ".join(f"{number} {state}" for state, number in counts.items())
     table = Table(title=caption, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("cell", overflow="fold")
@@ -96,7 +101,7 @@ def status_table(client: MlflowClient, runs: Sequence[Run]) -> Table:
         times = [(after.timestamp - point.timestamp) / 1000 for point, after in pairwise(points[-11:])]
         table.add_row(
             cell_label(run, names),
-            f"[{STYLES[run.info.status]}]{state_of(run)}[/]",
+            f"[{STYLES[run.info.status]}]{tracking.described(run)}[/]",
             f"{points[-1].step if points else 0}{_of_steps(folder)}",
             f"{points[-1].value:.4f}" if points else "–",
             f"{statistics.median(times):.2f}" if times else "–",
@@ -106,7 +111,7 @@ def status_table(client: MlflowClient, runs: Sequence[Run]) -> Table:
 
 
 def _of_steps(folder: Path) -> str:
-    file = folder / "cell.yaml"
+    file = folder / CONFIG
     steps = yaml.safe_load(file.read_text())["trainer"]["max_steps"] if file.exists() else -1
     return f"/{steps}" if steps > 0 else ""
 
@@ -135,9 +140,9 @@ def status(client: MlflowClient, experiment_id: str, sweep: str | None, live: bo
     total = int(parent.data.tags.get(tracking.CELLS_TAG, 0))  # none: another sweeper's are not known beforehand
     never = max(0, total - len(runs))
     folder = Path(parent.data.tags.get(tracking.FOLDER_TAG, "nowhere"))
-    launching = locked(folder) if folder.is_dir() else never > 0  # elsewhere: not to be told
+    launching = is_held(folder) if folder.is_dir() else never > 0  # elsewhere: not to be told
     if never:
         print(f"{never} of {total} cells {'have not started yet' if launching else 'never started'}")
     if not launching:
-        close_sweep(client, parent.info.run_id, runs, complete=never == 0)
+        tracking.close_sweep(client, parent.info.run_id, runs, complete=never == 0)
     return int(never > 0 or any(run.info.status != "FINISHED" for run in runs))

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from countdown_kd import tracking
-from countdown_kd.cell import Standing, standings
 from countdown_kd.config import ConfigError, substance, validate
+from countdown_kd.launching.cell import cell_name
+from countdown_kd.launching.lookup import Progress, Stage, progress_of
+from countdown_kd.launching.slurm.submit import script
 
 
 def show_plan(cells: list[DictConfig], config: DictConfig) -> None:
@@ -30,21 +32,18 @@ def show_plan(cells: list[DictConfig], config: DictConfig) -> None:
     table.add_column("to do", no_wrap=not any(problems), overflow="fold")
     table.add_column("cell", overflow="fold")
     table.add_column("differs from the defaults in", overflow="fold")
-    found = iter(standings(client, experiment_id, [c for c, p in zip(cells, problems, strict=True) if not p]))
-    typed = [list(cell.hydra.overrides.task) for cell in cells]
-    names = [[o for o in own if not all(o in each for each in typed)] for own in typed]
+    found = iter(progress_of(client, experiment_id, [c for c, p in zip(cells, problems, strict=True) if not p]))
+    names = [cell_name(cell.hydra) for cell in cells]
     left = 0
     for number, (name, change, wrong) in enumerate(zip(names, changes, problems, strict=True)):
         own = change if len(cells) == 1 else {key: value for key, value in change.items() if key not in common}
         todo = f"[red]invalid: {wrong}[/]" if wrong else to_do(next(found))
         left += todo.startswith(("run", "go on"))
-        table.add_row(str(number), todo, ", ".join(name) or "–", describe(own) or "–")
+        table.add_row(str(number), todo, name, describe(own) or "–")
     console.print(table)
     invalid = sum(map(bool, problems))
     console.print(f"{left} of {len(cells)} cells would run{f'; {invalid} invalid: nothing would' if invalid else ''}.")
     if "submitit" in config.hydra.launcher._target_ or "Slurm" in config.hydra.launcher._target_:
-        from countdown_kd.slurm import script
-
         if not shutil.which("srun"):
             print("\nThe sbatch script is made on a login node of the cluster: there is no srun here")
             return
@@ -52,19 +51,22 @@ def show_plan(cells: list[DictConfig], config: DictConfig) -> None:
         print(script(config, max(left, 1)))
 
 
-def to_do(found: Standing) -> str:
+def to_do(progress: Progress) -> str:
     """What is left to do for a cell, in a few words."""
-    if found.what == "new":
+    if progress.stage is Stage.NEW:
         return "run"
-    run_id = found.run.info.run_id[:8]
-    if found.what == "done":
-        accuracy = found.run.data.metrics.get("eval/accuracy")
+    run = progress.run
+    run_id = run.info.run_id[:8]
+    if progress.stage is Stage.FINISHED:
+        accuracy = run.data.metrics.get("eval/accuracy")
         return f"done, {100 * accuracy:.0f} % solved (run {run_id})" if accuracy is not None else f"done (run {run_id})"
-    if found.what == "active":
-        job = found.run.data.tags.get(tracking.JOB_TAG)
+    if progress.stage is Stage.ACTIVE:
+        job = run.data.tags.get(tracking.JOB_TAG)
         return f"under way (Slurm job {job})" if job else f"under way (run {run_id})"
-    state = found.run.data.tags.get(tracking.STATE_TAG, "interrupted")
-    return f"go on from step {found.step} ({state})" if found.folder else f"run again ({state}, its folder is not here)"
+    state = tracking.described(run)
+    if not progress.folder:
+        return f"run again ({state}, its folder is not here)"
+    return f"go on from step {progress.step} ({state})" if progress.step else f"run again from the start ({state})"
 
 
 def flat(cfg: DictConfig) -> dict[str, object]:
