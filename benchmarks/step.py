@@ -80,13 +80,12 @@ def make_trainer(*overrides: str, plain: bool = False, models: tuple | None = No
     """
     import torch
     from hydra import compose, initialize_config_dir
-    from hydra.utils import instantiate
     from omegaconf import open_dict
     from transformers import PrinterCallback
     from transformers.utils.logging import disable_progress_bar
     from trl.experimental.gold import GOLDTrainer
 
-    from countdown_kd.config import ROOT, register_resolvers, validate
+    from countdown_kd.config import ROOT, instantiate, register_resolvers, validate
     from countdown_kd.gold import CountdownTrainer
     from countdown_kd.run import load
 
@@ -101,7 +100,7 @@ def make_trainer(*overrides: str, plain: bool = False, models: tuple | None = No
     if models is None:
         student, tokenizer = load(cfg.model)
         teacher, _ = load(cfg.teacher)
-    args = instantiate(cfg.trainer, use_cpu=not torch.cuda.is_available(), _convert_="all")
+    args = instantiate(cfg.trainer, use_cpu=not torch.cuda.is_available())
     args.teacher_tokenizer_name_or_path = cfg.teacher.pretrained_model_name_or_path
     args._n_gpu = min(args.n_gpu, 1)  # of several that the process sees; plain GOLDTrainer refuses them
     kind = GOLDTrainer if plain else CountdownTrainer

@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from countdown_kd.countdown import (
     Puzzle,
@@ -67,8 +67,8 @@ class Data(NamedTuple):
         )
 
 
-def generated(puzzles: str, num_train: int, num_test: int, seed: int) -> Data:
-    """Puzzles from ``seed``; the test side is the same for every seed. ``puzzles`` is "tiny" or "public"."""
+def generated(puzzles: Literal["tiny", "public"], num_train: int, num_test: int, seed: int) -> Data:
+    """Puzzles from ``seed``; the test side is the same for every seed."""
     if puzzles == "tiny":
         generator, prompt, trace = tiny_puzzles, short_prompt, tiny_trace
     elif puzzles == "public":
@@ -111,9 +111,15 @@ def hub(path: str, train_config: str, test_config: str, num_test: int, revision:
 
 def jsonl(train_file: str, test_file: str, num_test: int) -> Data:
     """Local files, one JSON object a line; every bad line is an error that names file and line."""
-    train = [_train_example(row, where) for where, row in _lines(train_file)]
-    test = [_test_example(row, where) for where, row in _lines(test_file)]
+    train, test = ([example for _, example in side] for side in jsonl_examples(train_file, test_file))
     return _without_overlap(train, test[:num_test])
+
+
+def jsonl_examples(train_file: str, test_file: str) -> tuple[Iterator[tuple[str, Example]], ...]:
+    """The examples of both sides, each with its file and line. Raises ValueError at a bad line."""
+    train = ((where, _train_example(row, where)) for where, row in _lines(train_file))
+    test = ((where, _test_example(row, where)) for where, row in _lines(test_file))
+    return train, test
 
 
 def _lines(file: str) -> Iterable[tuple[str, dict]]:

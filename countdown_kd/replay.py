@@ -24,13 +24,12 @@ from types import SimpleNamespace
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl.experimental.gold.gold_trainer import ULDLoss
 from trl.trainer.utils import RepeatSampler, pad
 
-from countdown_kd.config import ROOT
+from countdown_kd.config import ROOT, instantiate
 from countdown_kd.countdown import Puzzle
 from countdown_kd.data import Data
 from countdown_kd.gold import CountdownTrainer
@@ -236,7 +235,6 @@ def build(kind: type[CountdownTrainer], cfg: DictConfig, conversations: Dataset,
     teacher, _ = models(OmegaConf.to_yaml(cfg.teacher))
     args = instantiate(
         cfg.trainer,
-        _convert_="all",
         use_cpu=cfg.trainer.get("use_cpu", False) or not torch.cuda.is_available(),
         use_vllm=False, output_dir=tempfile.gettempdir(), save_strategy="no", eval_strategy="no",
         report_to="none", disable_tqdm=True, **arguments,

@@ -19,7 +19,6 @@ from pathlib import Path
 import mlflow
 import torch
 from accelerate import Accelerator
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +33,7 @@ from trl.experimental.gold import GOLDConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from countdown_kd.checkpoint import Checkpoints, Stopped, train
+from countdown_kd.config import instantiate
 from countdown_kd.data import Data
 from countdown_kd.engine import VLLM, make_vllm
 from countdown_kd.evaluate import Evaluation, evaluate, hf_sampler, vllm_sampler
@@ -50,8 +50,7 @@ def run(cfg: DictConfig) -> None:
     set_seed(cfg.seed)
     # GOLDConfig checks its values before anything is loaded; bf16 without a GPU wants to be told of the CPU.
     use_cpu = cfg.trainer.get("use_cpu", False) or not torch.cuda.is_available()
-    # Plain dictionaries for accelerator_config and the like: transformers takes nothing else.
-    args: GOLDConfig = instantiate(cfg.trainer, use_cpu=use_cpu, _convert_="all")
+    args: GOLDConfig = instantiate(cfg.trainer, use_cpu=use_cpu)
     data: Data = instantiate(cfg.task)
     log.info(
         "%d training and %d test puzzles (fingerprint %s)",

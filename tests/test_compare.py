@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 
 from countdown_kd import tracking
 from countdown_kd.compare import Side, by_value, compare, interval, mcnemar, moved_table, noise_of, parting
-from countdown_kd.config import ConfigError, gold_config_fields
+from countdown_kd.config import ConfigError
+from countdown_kd.declared import gold_config_fields
 from countdown_kd.differences import ACCURACY, COSMETIC, LOSS, NOISE, SPEED, differences, rank
 from countdown_kd.printed import flatten, read_configs
 

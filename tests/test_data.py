@@ -123,7 +123,7 @@ def hub_copy(tmp_path):
 
 
 def test_the_published_layout_loads_through_datasets(hub_copy, cell, monkeypatch, tmp_path):
-    from hydra.utils import instantiate
+    from countdown_kd.config import instantiate
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     loaded = instantiate(cell("task=h4", f"task.path={hub_copy}").task)

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import open_dict
 from transformers import TrainerCallback
 from trl.experimental.gold import GOLDConfig
 
 from countdown_kd import perf
 from countdown_kd.checkpoint import Checkpoints, Stopped, train
-from countdown_kd.config import ROOT, register_resolvers
+from countdown_kd.config import ROOT, instantiate, register_resolvers
 from countdown_kd.gold import CountdownTrainer, rollout_lengths
 from countdown_kd.launching.folder import STOP_FILE, last_checkpoint
 from countdown_kd.run import load

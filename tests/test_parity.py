@@ -25,7 +25,7 @@ FEW = ("task.num_train=64", "trainer.per_device_train_batch_size=4")
 INNOCENT = (
     "+trainer.data_seed=7",
     "+trainer.eval_on_start=false",
-    "+trainer.seq_kd=true",
+    "+trainer.do_predict=true",
     "+trainer.eval_delay=1",
     "+trainer.eval_accumulation_steps=2",
     "+trainer.per_device_eval_batch_size=2",

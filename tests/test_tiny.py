@@ -4,10 +4,9 @@ import random
 from itertools import islice
 
 import pytest
-from hydra.utils import instantiate
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from countdown_kd.config import ROOT
+from countdown_kd.config import ROOT, instantiate
 from countdown_kd.countdown import FAILURES, check, short_prompt, tiny_puzzles, tiny_trace
 from countdown_kd.evaluate import evaluate, hf_sampler
 from countdown_kd.run import load
