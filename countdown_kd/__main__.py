@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         return code
 
     if given.command == "parity":
-        from countdown_kd.parity import parity
+        from countdown_kd.parity_report import parity
 
         return parity(given.sides, composed)
 

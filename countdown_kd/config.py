@@ -207,6 +207,8 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     """What the libraries are asked of a cell."""
     trainer, gen = (OmegaConf.to_container(cfg[name], resolve=True) for name in ("trainer", "gen"))
     without = {"_target_", "output_dir"}
+    if isinstance(trainer["seed"], int) and 0 <= trainer["seed"] < 2**32:
+        without.add("seed")  # one is as good as another: a sweep over many is asked about once
     launcher = OmegaConf.select(cfg, "hydra.launcher._target_") or "BasicLauncher"
     if "BasicLauncher" not in launcher:  # what another machine's GPU can do is not known here
         trainer["use_cpu"] = True

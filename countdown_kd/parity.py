@@ -11,25 +11,19 @@ once both configs are known to be sound.
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import combinations, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import Progress
 
 from countdown_kd.compare import is_sweep, named_run, run_side
 from countdown_kd.config import ConfigError, identity, plain, validate
@@ -153,35 +147,6 @@ class Parity:
 def values(replay: Replay, measure: str) -> tuple[float, float]:
     """A measure of the step on the data's text, and of the step on the rollouts."""
     return getattr(replay.text, measure), getattr(replay.rollouts, measure)
-
-
-def parity(given: Sequence[str], compose: Compose) -> int:
-    """Print how two configs treat the same batch. Returns 0, or 2 where one of them is none that can be replayed."""
-    console = Console(highlight=False)
-    try:
-        a, b = (read_side(side, compose) for side in given)
-        found = Parity(a, b, *differing(a, b))
-        for name, value in compose([]).hydra.job.env_set.items():
-            os.environ.setdefault(name, str(value))
-        with console.status("importing torch, TRL and vLLM"):
-            import datasets
-            from transformers.utils.logging import disable_progress_bar
-
-            from countdown_kd.parity_report import draw, show
-        datasets.disable_progress_bars()
-        disable_progress_bar()
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore")  # the libraries', on arguments that a cell gives them too
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        with Progress(*columns, console=console, transient=True) as progress:
-            measure(found, progress)
-            switch(found, progress)
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
-        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
-        return 2
-    show(console, given, found)
-    console.print(f"\nfigure   {draw(found, Path('parity.png').absolute())}", soft_wrap=True, markup=False)
-    return 0
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,25 +1,73 @@
-"""What `parity` has found: tables, sentences, a figure."""
+"""The command `parity`, and what it prints: tables, sentences, a figure."""
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from countdown_kd.compare import spelled
-from countdown_kd.parity import DRAWN, MEASURES, ROUNDING, Parity, values
-from countdown_kd.replay import Replay, models
+from countdown_kd.parity import (
+    DRAWN,
+    MEASURES,
+    ROUNDING,
+    Compose,
+    Parity,
+    differing,
+    measure,
+    read_side,
+    switch,
+    values,
+)
+
+if TYPE_CHECKING:  # torch with it, which takes seconds that a mistake need not wait for
+    from countdown_kd.replay import Replay
 
 KINDS = {"text": "texts", "rollouts": "rollouts"}
 WIDEST = 60  # tokens of a sequence in the figure
+
+
+def parity(given: Sequence[str], compose: Compose) -> int:
+    """Print how two configs treat the same batch. Returns 0, or 2 where one of them is none that can be replayed."""
+    console = Console(highlight=False)
+    try:
+        a, b = (read_side(side, compose) for side in given)
+        found = Parity(a, b, *differing(a, b))
+        for name, value in compose([]).hydra.job.env_set.items():
+            os.environ.setdefault(name, str(value))
+        with console.status("importing torch, TRL and vLLM"):
+            import datasets
+            from transformers.utils.logging import disable_progress_bar
+
+            import countdown_kd.replay  # noqa: F401  and all that it needs
+        datasets.disable_progress_bars()
+        disable_progress_bar()
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore")  # the libraries', on arguments that a cell gives them too
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, console=console, transient=True) as progress:
+            measure(found, progress)
+            switch(found, progress)
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
+        return 2
+    show(console, given, found)
+    console.print(f"\nfigure   {draw(found, Path('parity.png').absolute())}", soft_wrap=True, markup=False)
+    return 0
 
 
 def show(console: Console, given: Sequence[str], found: Parity) -> None:
@@ -53,10 +101,10 @@ def _measures_table(found: Parity) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     for header in ("", "text\nA", "\nB", "rollouts\nA", "\nB"):
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
-    for measure, (name, form) in MEASURES.items():
-        pairs = zip(*(values(each, measure) for each in found.replays), strict=True)
+    for kind, (name, form) in MEASURES.items():
+        pairs = zip(*(values(each, kind) for each in found.replays), strict=True)
         cells = ["–" if math.isnan(each) else format(each, form) for pair in pairs for each in pair]
-        table.add_row(name, *cells, style="bold" if found.differs(measure, *found.replays) else "dim")
+        table.add_row(name, *cells, style="bold" if found.differs(kind, *found.replays) else "dim")
     table.add_row(
         f"loss, {found.micro_batches} micro-batches / 1", *(f"{each:.3g}" for each in found.growth), style="dim"
     )
@@ -124,6 +172,8 @@ def tokens_apart(one: Replay, other: Replay) -> Iterator[Token]:
 
 def token_texts(token: Token, found: Parity) -> list[str]:
     """The text of each aligned token of the token's sequence."""
+    from countdown_kd.replay import models
+
     _, tokenizer = models(OmegaConf.to_yaml(found.a.model))
     return [tokenizer.decode(ids) for ids in getattr(found.replays[0], token.kind).sequences[token.sequence].ids]
 

@@ -97,6 +97,15 @@ def last_lines(file: Path, count: int = 8) -> list[str]:
     return [line for line in lines if line.strip() and "%|" not in line][-count:]
 
 
+def cause_in(log: Path) -> str:
+    """The error that a log ends with, ``ValueError: beta must be …``; empty where there is none."""
+    lines = last_lines(log, count=200)
+    if not (starts := [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]):
+        return ""
+    after = [line for line in lines[starts[-1] + 1 :] if not line.startswith(" ")]
+    return " ".join(after)[:400]
+
+
 def swept_params(cells: list[Run]) -> list[str]:
     """The params that differ between the cells, in the order they were recorded; all the same: none."""
     names = list(dict.fromkeys(name for cell in cells for name in cell.data.params))

@@ -20,9 +20,7 @@ def test_a_folder_is_its_first_cells_also_when_nothing_runs_there(tmp_path):
     folder = tmp_path / "exp"
     claim(folder, "one", "seed-1", "run1").release()
     before = {file: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(
-        FolderTaken, match=r"belongs to seed-1 \(run run1\), .* Give seed-2"
-    ):
+    with pytest.raises(FolderTaken, match=r"belongs to seed-1 \(run run1\), .* Give seed-2"):
         claim(folder, "two", "seed-2")
     assert {file: file.read_bytes() for file in folder.iterdir()} == before, "nothing was written"
     claim(folder, "one", "seed-1", "run2").release()

@@ -16,8 +16,8 @@ from rich.progress import Progress
 
 from countdown_kd import tracking
 from countdown_kd.config import ROOT, ConfigError
-from countdown_kd.parity import DRAWN, MOST_PAIRS, Parity, differing, measure, parity, read_side, switch, switched
-from countdown_kd.parity_report import draw, notes, sentences, show
+from countdown_kd.parity import DRAWN, MOST_PAIRS, Parity, differing, measure, read_side, switch, switched
+from countdown_kd.parity_report import draw, notes, parity, sentences, show
 from countdown_kd.replay import draws, freeze, growth, models, replay, take_step
 
 FEW = ("task.num_train=64", "trainer.per_device_train_batch_size=4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
+from mlflow import MlflowClient
 from omegaconf import DictConfig
 
 from countdown_kd import tracking
@@ -20,7 +23,7 @@ from countdown_kd.launching.cell import Cell, CellFailed, cell_name, open_cell
 from countdown_kd.launching.folder import FolderTaken
 from countdown_kd.launching.lookup import Stage, progress_of
 from countdown_kd.launching.states import State, describe
-from countdown_kd.summary import show
+from countdown_kd.summary import cause_in, show
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +31,10 @@ PATIENCE_S = 60  # what a cell has after Ctrl-C to reach the end of a step and s
 
 
 def run_cell(cfg: DictConfig) -> float:
-    """Run the composed cell here, unless it is done, and return its held-out accuracy.
+    """Run the composed cell here, unless it is done, and return its held-out accuracy; NaN where a sweep's cell failed.
 
-    Raises CellFailed if its process fails, and KeyboardInterrupt after closing the run as KILLED. A config that
-    cannot work, or a folder that is another cell's, ends the program with a message and exit code 2.
+    A single cell that fails ends the program with its cause and exit code 1; a config that cannot work, or a folder
+    that is another cell's, with exit code 2. Raises KeyboardInterrupt after closing the run as STOPPED.
     """
     hydra = HydraConfig.get()
     try:
@@ -39,36 +42,44 @@ def run_cell(cfg: DictConfig) -> float:
     except ConfigError as error:
         _refuse(str(error))
     client, experiment_id = tracking.open_store(cfg.tracking)
+    try:
+        run_id = _run(cfg, hydra, client, experiment_id)
+    except CellFailed as failure:
+        print(f"\n{failure}", file=sys.stderr)
+        if os.environ.get(tracking.SWEEP_RUN_ID):
+            return math.nan
+        raise SystemExit(1) from None
+    run = client.get_run(run_id)
+    if not os.environ.get(tracking.SWEEP_RUN_ID):
+        show(client, [run], cfg.tracking.uri, Path(hydra.runtime.output_dir))
+    return run.data.metrics["eval/accuracy"]
+
+
+def _run(cfg: DictConfig, hydra: DictConfig, client: MlflowClient, experiment_id: str) -> str:
+    """The id of the cell's finished run: one from before, or one that runs now."""
     with tracking.launching(cfg.tracking.uri):
         (progress,) = progress_of(client, experiment_id, [cfg])
         if progress.stage is Stage.ACTIVE:
             where = progress.run.data.tags.get(tracking.FOLDER_TAG)
             raise CellFailed(f"{cell_name(hydra)} is running already, in {where} (run {progress.run.info.run_id[:8]})")
-        cell = None
-        if progress.stage is not Stage.FINISHED:
-            step = progress.step
-            try:
-                cell, lock = open_cell(cfg, hydra, progress)
-            except FolderTaken as error:
-                _refuse(str(error))
-    if cell is None:
-        run_id = progress.run.info.run_id
-        log.info("done before, in %s; force=true runs it again", progress.run.data.tags[tracking.FOLDER_TAG])
-    else:
-        run_id = cell.run_id
-        if step:
-            log.info("going on from step %d", step)
+        if progress.stage is Stage.FINISHED:
+            log.info("done before, in %s; force=true runs it again", progress.run.data.tags[tracking.FOLDER_TAG])
+            return progress.run.info.run_id
+        step = progress.step
         try:
-            supervise(cell)
-        finally:
-            lock.release()
+            cell, lock = open_cell(cfg, hydra, progress)
+        except FolderTaken as error:
+            _refuse(str(error))
+    if step:
+        log.info("going on from step %d", step)
+    try:
+        supervise(cell)
+    finally:
+        lock.release()
+    return cell.run_id
 
-    if not os.environ.get(tracking.SWEEP_RUN_ID):
-        show(client, [client.get_run(run_id)], cfg.tracking.uri, Path(hydra.runtime.output_dir))
-    return client.get_run(run_id).data.metrics["eval/accuracy"]
 
-
-def _refuse(problems: str) -> None:
+def _refuse(problems: str) -> NoReturn:
     lines = "\n  ".join(problems.splitlines())
     print(f"\nThis cell cannot run:\n  {lines}", file=sys.stderr)
     raise SystemExit(2) from None
@@ -91,7 +102,9 @@ def supervise(cell: Cell) -> None:
     finally:
         state, details = cell.end(code)
     if state is not State.FINISHED:
-        raise CellFailed(f"cell {cell.name}: {describe(state, details)}; see {cell.folder / 'run.log'}")
+        log_file = cell.folder / "run.log"
+        told = f": {cause}" if (cause := cause_in(log_file)) and state is State.FAILED else ""
+        raise CellFailed(f"{cell.name}: {describe(state, details)}{told}\n  {log_file}")
 
 
 @contextmanager

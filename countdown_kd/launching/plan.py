@@ -8,10 +8,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from countdown_kd import tracking
-from countdown_kd.config import ConfigError, substance, validate
+from countdown_kd.config import problems, substance
 from countdown_kd.launching.cell import cell_name
 from countdown_kd.launching.lookup import Progress, Stage, progress_of
 from countdown_kd.launching.slurm.submit import script
@@ -20,7 +21,7 @@ from countdown_kd.launching.slurm.submit import script
 def show_plan(cells: list[DictConfig], config: DictConfig) -> None:
     """Print each cell's difference from the defaults and what is left to do for it, and what sbatch would be given."""
     console = Console()
-    problems = [problem(cell) for cell in cells]
+    wrong = problems(cells)
     client, experiment_id = tracking.open_store(config.tracking)
     default = flat(GlobalHydra.instance().config_loader().load_sweep_config(config, []))
     changes = [difference(default, flat(cell)) for cell in cells]
@@ -29,19 +30,19 @@ def show_plan(cells: list[DictConfig], config: DictConfig) -> None:
         console.print("In every cell:", describe(common), highlight=False)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("#", justify="right")
-    table.add_column("to do", no_wrap=not any(problems), overflow="fold")
+    table.add_column("to do", no_wrap=not any(wrong), overflow="fold")
     table.add_column("cell", overflow="fold")
     table.add_column("differs from the defaults in", overflow="fold")
-    found = iter(progress_of(client, experiment_id, [c for c, p in zip(cells, problems, strict=True) if not p]))
+    found = iter(progress_of(client, experiment_id, [c for c, p in zip(cells, wrong, strict=True) if not p]))
     names = [cell_name(cell.hydra) for cell in cells]
     left = 0
-    for number, (name, change, wrong) in enumerate(zip(names, changes, problems, strict=True)):
+    for number, (name, change, problem) in enumerate(zip(names, changes, wrong, strict=True)):
         own = change if len(cells) == 1 else {key: value for key, value in change.items() if key not in common}
-        todo = f"[red]invalid: {wrong}[/]" if wrong else to_do(next(found))
+        todo = f"[red]invalid: {escape(problem)}[/]" if problem else to_do(next(found))
         left += todo.startswith(("run", "go on"))
         table.add_row(str(number), todo, name, describe(own) or "–")
     console.print(table)
-    invalid = sum(map(bool, problems))
+    invalid = sum(map(bool, wrong))
     console.print(f"{left} of {len(cells)} cells would run{f'; {invalid} invalid: nothing would' if invalid else ''}.")
     if "submitit" in config.hydra.launcher._target_ or "Slurm" in config.hydra.launcher._target_:
         if not shutil.which("srun"):
@@ -91,12 +92,3 @@ def difference(default: dict[str, object], cell: dict[str, object]) -> dict[str,
 
 def describe(change: dict[str, object]) -> str:
     return ", ".join(f"{key}={value}" for key, value in change.items())
-
-
-def problem(cell: DictConfig) -> str:
-    """Why a cell cannot run, or nothing."""
-    try:
-        validate(cell)
-    except ConfigError as error:
-        return str(error)
-    return ""

@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, open_dict
 
 from countdown_kd import tracking
-from countdown_kd.config import ConfigError, validate
+from countdown_kd.config import ConfigError, problems, validate
 from countdown_kd.launching.cell import CODE, snapshot
 from countdown_kd.launching.folder import FolderTaken, check_free, claim
 from countdown_kd.launching.lookup import Progress, Stage, progress_of
@@ -130,6 +130,7 @@ class Sweep:
             print(f"{never} of {len(self.identities)} cells never started")
         if missing := never + sum(cell.info.status != "FINISHED" for cell in cells):
             print(f"The same command again runs what is missing ({missing} cells), from the last checkpoints")
+            raise SystemExit(1)
 
 
 def typed(config: DictConfig, key: str) -> bool:
@@ -221,11 +222,9 @@ def compose_all(config: DictConfig, cells: list[list[str]]) -> list[DictConfig]:
 def check(cells: list[list[str]], composed: list[DictConfig]) -> None:
     """Exit with every problem of every cell, if there is one."""
     wrong: dict[str, list[str]] = {}
-    for overrides, cfg in zip(cells, composed, strict=True):
-        try:
-            validate(cfg)
-        except ConfigError as error:
-            wrong.setdefault(str(error), []).append(" ".join(overrides))
+    for overrides, problem in zip(cells, problems(composed), strict=True):
+        if problem:
+            wrong.setdefault(problem, []).append(" ".join(overrides))
     if wrong:
         print("\nNothing was started:", file=sys.stderr)
         for problem, where in wrong.items():
