@@ -19,7 +19,7 @@ from countdown_kd.config import ROOT, register_resolvers
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m countdown_kd",
+        prog="countdown-kd",
         description=__doc__,
         epilog="KEY=VALUE: what launch.py is given too, such as tracking.uri=… or hydra/launcher=slurm",
     )
@@ -78,7 +78,8 @@ def composed(overrides: list[str]) -> DictConfig:
         return compose("config", overrides, return_hydra_config=True)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command ``countdown-kd``, and ``python -m countdown_kd``."""
     from countdown_kd.tracking import StoreError
 
     try:
@@ -86,3 +87,7 @@ if __name__ == "__main__":
     except StoreError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from countdown_kd.config import ROOT
 from countdown_kd.gold import CountdownTrainer
-from countdown_kd.launching.folder import MARKER, STOP_FILE, mark_whole, step_of
+from countdown_kd.launching.folder import MARKER, STOP_FILE, mark_whole, owner, step_of
 
 # With several ranks Trainer loads an optimizer to "its" device, which torch knows for cuda:0 but not for cpu:0.
 torch.serialization.register_package(
@@ -61,8 +60,9 @@ class Checkpoints(TrainerCallback):
                 "batches": self.trainer.batches,
                 "max_steps": state.max_steps,
             }
-            checkpoint = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            mark_whole(checkpoint, os.environ.get("MLFLOW_RUN_ID", ""), code=ROOT.name, state=ours)
+            folder = Path(args.output_dir)
+            checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            mark_whole(checkpoint, owner(folder).get("run_id", ""), code=ROOT.name, state=ours)
 
 
 def train(trainer: CountdownTrainer, checkpoint: Path | None) -> None:

@@ -13,12 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from scipy.stats import binomtest
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from countdown_kd.countdown import CORRECT, FAILURES, check
 from countdown_kd.data import Example
 from countdown_kd.engine import VLLM
+from countdown_kd.progress import Bar
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def hf_sampler(
         model.eval()
         completions: list[list[int]] = [[]] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        with tqdm(total=len(prompts), desc=description, unit="puzzle") as bar:
+        with Bar(len(prompts), description, "puzzle") as bar:
             for start in range(0, len(order), cfg.batch_size):
                 batch = order[start : start + cfg.batch_size]
                 inputs = tokenizer.pad(
@@ -142,7 +142,7 @@ def vllm_sampler(engine: VLLM, cfg: DictConfig, description: str) -> Sampler:
         engine.max_completion_length = cfg.max_new_tokens
         completions: list[list[int]] = []
         try:
-            with tqdm(total=len(prompts), desc=description, unit="puzzle") as bar:
+            with Bar(len(prompts), description, "puzzle") as bar:
                 for start in range(0, len(prompts), 256):
                     batch = prompts[start : start + 256]
                     _, ids, _, _ = engine.generate(batch, images=None, num_generations=1)

@@ -16,6 +16,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import datasets
 import mlflow
 import torch
 from accelerate import Accelerator
@@ -39,7 +40,8 @@ from countdown_kd.engine import VLLM, make_vllm
 from countdown_kd.evaluate import Evaluation, evaluate, hf_sampler, vllm_sampler
 from countdown_kd.gold import CountdownTrainer
 from countdown_kd.launching.cell import die_with_parent
-from countdown_kd.launching.folder import STOPPED_FILE, last_checkpoint, step_of
+from countdown_kd.launching.folder import STOPPED_FILE, last_checkpoint, owner, step_of
+from countdown_kd.progress import Bar
 from countdown_kd.record import RecordSteps, record_config, record_evaluation, record_training
 
 log = logging.getLogger("countdown_kd")
@@ -75,9 +77,10 @@ def run(cfg: DictConfig) -> None:
     if (gpus := torch.cuda.device_count()) > args.world_size and not trainer.is_model_parallel:
         log.info("training on %d of the %d GPUs here; dist=ddp trains on all of them", args.world_size, gpus)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(QuietProgress())
+    trainer.add_callback(Progress())
     trainer.add_callback(Checkpoints(trainer))
-    checkpoint = last_checkpoint(Path(args.output_dir), os.environ.get("MLFLOW_RUN_ID", ""))
+    folder = Path(args.output_dir)
+    checkpoint = last_checkpoint(folder, owner(folder).get("run_id", ""))
     engine = trainer.vllm_generation if trainer.use_vllm else None
     models = {"student": (student, tokenizer), "teacher": (teacher, teacher_tokenizer)}
     record_config(cfg, args, data, models, engine, resumed_at=step_of(checkpoint))
@@ -98,8 +101,8 @@ def run(cfg: DictConfig) -> None:
 
     if trainer.accelerator.is_main_process:
         # Not save_model, which pickles the training arguments beside the weights.
-        student.save_pretrained(Path(args.output_dir) / "student")
-        tokenizer.save_pretrained(Path(args.output_dir) / "student")
+        student.save_pretrained(folder / "student")
+        tokenizer.save_pretrained(folder / "student")
 
 
 def run_baseline(cfg: DictConfig, args: GOLDConfig, data: Data) -> None:
@@ -142,12 +145,16 @@ def evaluated(
     return result
 
 
-class QuietProgress(ProgressCallback):
-    """The trainer's progress bar with the loss beside it, instead of a printed dictionary a step."""
+class Progress(ProgressCallback):
+    """The trainer's progress with the loss beside it, instead of a printed dictionary a step."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.training_bar = Bar(state.max_steps, "training", "step")
+        self.current_step = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_description("training")
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
 
 
@@ -184,6 +191,9 @@ def main(config_file: str) -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    if not sys.stderr.isatty():  # what takes long is told by lines (progress.py)
+        disable_progress_bar()
+        datasets.disable_progress_bars()
     leave_signals_to_the_launcher()
     if is_rank_0:
         # summary.idle_gpus reads them. Without a GPU, whoever wants MLflow's system metrics sets its own variable.

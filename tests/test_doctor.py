@@ -7,6 +7,7 @@ import pytest
 
 from countdown_kd import doctor
 from countdown_kd.doctor import BAD, GOOD, OPEN
+from countdown_kd.launching.slurm import query
 
 WITHOUT_TORCH = """
 import sys
@@ -119,7 +120,7 @@ def test_a_partition_must_be_there_and_let_jobs_run_so_long(asked, timeout_min, 
 
 def test_limits_are_minutes():
     limits = {"30:00": 30, "1:30:00": 90, "2-01:00:00": 49 * 60, "0:30": 0.5, "infinite": float("inf")}
-    assert {limit: doctor.minutes(limit) for limit in limits} == limits
+    assert {limit: query.minutes(limit) for limit in limits} == limits
 
 
 @pytest.mark.parametrize(

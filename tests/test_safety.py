@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from countdown_kd.config import ROOT, ConfigError, instantiate, masked, plain, validate
 from countdown_kd.declared import TARGETS
-from countdown_kd.parity import parity
+from countdown_kd.parity_report import parity
 
 HF_TOKEN = "hf_" + "aB3" * 11
 

@@ -505,7 +505,7 @@ def test_a_job_that_does_not_reach_the_store_says_so(slurm, launch):
     assert result.returncode == 1
     assert "does not reach the MLflow store" in result.stdout and "mlflow server" in result.stdout
     (cell,) = launch.runs("cell")
-    assert (cell.info.status, state(cell)) == ("FAILED", "never started (exit code 1)")
+    assert (cell.info.status, state(cell)) == ("FAILED", "failed to start (exit code 1)")
 
 
 def test_what_slurm_refuses_is_told_in_its_words(slurm, launch):

@@ -250,15 +250,19 @@ def test_a_store_that_does_not_answer_is_told_soon_without_its_password(launch):
 
 
 def test_one_failed_cell_is_failed_and_the_others_go_on(launch):
-    # A value that only GOLDConfig itself refuses.
-    result = launch("-m", "trainer.beta=2.0,0.0", *SHORT)
+    whole = ROOT / "countdown_kd" / "tiny" / "student"
+    broken = Path(shutil.copytree(whole, launch.folder / "broken"))
+    weights = broken / "model.safetensors"  # which nobody reads before the cell's own process
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = launch("-m", f"model.pretrained_model_name_or_path={broken},{whole}", *SHORT)
     assert result.returncode == 1
     failed, finished = launch.runs("cell")
     assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
     (parent,) = launch.runs("sweep")
     assert parent.info.status == "FAILED"
     assert "failed (exit code 1)" in result.stdout, "the table tells"
-    assert "beta must be in the range" in result.stdout, "and shows the end of the log"
+    assert "SafetensorError" in result.stdout, "and shows the end of the log"
+    assert "failed (exit code 1): " in result.stderr and "Traceback" not in result.stderr
 
 
 def wait_for_training(launch, process):

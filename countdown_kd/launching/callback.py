@@ -37,7 +37,8 @@ class SweepCallback(Callback):
         atexit.register(self.sweep.finish)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        end_on_error(lambda _: self.sweep.finish(), config)
+        if end_on_error(lambda _: self.sweep.finish(), config):
+            raise SystemExit(1)
 
 
 def end_on_error(function: Callable[[DictConfig], Any], config: DictConfig) -> Any:

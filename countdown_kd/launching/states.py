@@ -62,8 +62,7 @@ MLFLOW_STATUS = (
 
 _AFTER_WAITING = {State.STARTING, State.RUNNING, *ENDED - {State.FINISHED}}
 TRANSITIONS: dict[State, set[State]] = {
-    State.PENDING: {State.PENDING, *ENDS_AS, *_AFTER_WAITING},
-    **{state: {state, State.PENDING, *ENDS_AS, *_AFTER_WAITING} for state in REQUEUES_AS.values()},
+    **{state: {*WAITING, *ENDS_AS, *_AFTER_WAITING} for state in WAITING},  # a job may be preempted before it begins
     State.STARTING: {*ALIVE, *ENDED - {State.FINISHED}},
     State.RUNNING: {*ALIVE - {State.STARTING}, *ENDED},  # pending: a job that an administrator has queued again
     **{state: {*ALIVE, *ENDED - {State.FINISHED}} for state in ENDS_AS},

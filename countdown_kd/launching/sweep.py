@@ -116,21 +116,25 @@ class Sweep:
                 flush=True,
             )
 
-    def finish(self) -> None:
-        """Close the parent run as what the sweep was and show its cells side by side. The first call counts."""
+    def finish(self) -> int:
+        """Close the parent run as what the sweep was and show its cells side by side; returns how many are missing.
+
+        The first call counts.
+        """
         if os.environ.pop(tracking.SWEEP_RUN_ID, None) is None:
-            return
+            return 0
         cells = tracking.cells_of(self.client, self.run_id)
         never = max(0, len(self.identities) - len(cells))  # another sweeper's cells are not known beforehand
         if not tracking.close_sweep(self.client, self.run_id, cells, complete=never == 0):
-            return  # whoever left the jobs to themselves has been told how to come back
+            return 0  # whoever left the jobs to themselves has been told how to come back
         if cells:
             show(self.client, cells, self.uri, self.folder, self.run_id)
         if never:
             print(f"{never} of {len(self.identities)} cells never started")
-        if missing := never + sum(cell.info.status != "FINISHED" for cell in cells):
+        missing = never + sum(cell.info.status != "FINISHED" for cell in cells)
+        if missing:
             print(f"The same command again runs what is missing ({missing} cells), from the last checkpoints")
-            raise SystemExit(1)
+        return missing
 
 
 def typed(config: DictConfig, key: str) -> bool:
