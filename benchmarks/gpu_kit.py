@@ -25,12 +25,14 @@ import argparse
 import compileall
 import ctypes
 import hashlib
+import json
 import importlib
 import json
 import lzma
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -50,6 +52,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KIT = ROOT / ".gpu-kit"
 LIMIT = 64 * 2**20  # of tracked files and kit together
 # By whether it holds machine code: two archives, as a core unpacks one at a time.
+MADE_BY = KIT / "made-by"  # this script's digest and the archives' sizes: a kit that was cut off is no kit
 ARCHIVES = {True: "machine-code.tar.xz", False: "python.tar.xz"}
 
 # vLLM 0.24 is the newest for torch 2.11; the others are the newest that fit it, TRL and transformers.
@@ -178,8 +181,7 @@ def hopper_only(library: bytes) -> bytes:
 
 def build() -> None:
     """Fetch the packages, cut them, and write the two archives; nothing where they are this script's already."""
-    made_by, mine = KIT / "made-by", hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    if not made_by.exists() or made_by.read_text() != mine:
+    if not is_whole() or json.loads(MADE_BY.read_text())["script"] != digest_of(Path(__file__)):
         if twice := {name_of(each) for each in PACKAGES} & {name_of(each) for each in PRESENT}:
             sys.exit(f"error: both in PACKAGES and in PRESENT: {', '.join(sorted(twice))}")
         print(f"fetching {len(PACKAGES)} packages", flush=True)
@@ -191,7 +193,8 @@ def build() -> None:
         KIT.mkdir()
         with ThreadPoolExecutor() as pool:  # lzma lets other threads run
             list(pool.map(lambda native: write(native, files), ARCHIVES))
-        made_by.write_text(mine)
+        sizes = {name: (KIT / name).stat().st_size for name in ARCHIVES.values()}
+        MADE_BY.write_text(json.dumps({"script": digest_of(Path(__file__)), "sizes": sizes}))
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     (KIT / "commit").write_text(commit)  # the history does not travel
@@ -203,6 +206,19 @@ def build() -> None:
     print(f"tracked files  {mib(tree):>10}\ntogether       {mib(kit + tree):>10}  of {mib(LIMIT)}")
     if kit + tree > LIMIT:
         sys.exit(f"error: tracked files and kit are {mib(kit + tree - LIMIT)} larger than what may travel")
+
+
+def digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def is_whole() -> bool:
+    """Whether the archives are there, and as long as they were when they were made."""
+    try:
+        sizes = json.loads(MADE_BY.read_text())["sizes"]
+        return all((KIT / name).stat().st_size == sizes[name] for name in ARCHIVES.values())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def fetch(folder: Path) -> None:
@@ -255,20 +271,24 @@ def write(native: bool, files: dict[str, bytes]) -> None:
 
 def unpack(folder: Path) -> None:
     require(sys.version_info[:2] == (3, 12), "the kit is for Python 3.12")
-    require(all((KIT / name).exists() for name in ARCHIVES.values()), f"there is no kit in {KIT}")
-    require(not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty")
-    begun = time.perf_counter()
+    require(is_whole(), f"there is no whole kit in {KIT}: run gpu_kit.py where there is a package index")
+    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"{folder} is no empty folder")
+    begun, partial = time.perf_counter(), folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
 
     def extract(name: str) -> None:
         with tarfile.open(KIT / name) as tar:
-            tar.extractall(folder, filter="data")
+            tar.extractall(partial, filter="data")
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(extract, ARCHIVES.values()))
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
     unpacked = time.perf_counter()
     compileall.compile_dir(folder, quiet=2, workers=0)
     print(f"unpacked in {unpacked - begun:.1f} s, compiled in {time.perf_counter() - unpacked:.1f} s; now")
-    print(f"PYTHONPATH={folder.absolute()}:{ROOT} python3 benchmarks/gpu.py")
+    print(f"PYTHONPATH={shlex.quote(f'{folder.absolute()}:{ROOT}')} python3 benchmarks/gpu.py")
 
 
 def name_of(requirement: str) -> str:
