@@ -25,7 +25,6 @@ import argparse
 import compileall
 import ctypes
 import hashlib
-import json
 import importlib
 import json
 import lzma
@@ -365,7 +364,7 @@ def check(python: str, folder: Path) -> None:
     figures = scratch / "figures"
     run(ours, ROOT / "benchmarks" / "gpu.py", "--dry", "--seconds", "1800", "--out", figures, environ=environ)
     notes = json.loads((figures / "figures.json").read_text())["notes"]
-    if missing := [note for note in notes if "not measured" in note]:
+    if missing := [note for note in notes if "not measured" in note and "there is no GPU" not in note]:
         sys.exit("error: gpu.py --dry did not measure everything:\n" + "\n".join(missing))
     print("\nnothing is missing; what no CPU can tell: whether the kernels run")
 
