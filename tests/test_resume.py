@@ -163,3 +163,21 @@ def test_the_same_command_again_runs_only_what_is_missing(launch, tmp_path):
     assert forced.returncode == 0, forced.stderr
     old, _, new = launch.runs("cell")
     assert [launch.losses(run.info.run_id) for run in (old, new)].count(launch.losses(old.info.run_id)) == 2
+
+
+def test_a_folder_of_another_cell_is_refused_before_anything_starts(launch):
+    once = ("baseline=student", "eval.num_puzzles=5", "hydra.run.dir=exp")
+    assert launch(*once).returncode == 0
+    before = {file: file.stat().st_mtime_ns for file in (launch.folder / "exp").rglob("*")}
+    for other in (("seed=2",), ("seed=2", "force=true")):
+        second = launch(*once, *other)
+        assert second.returncode == 2 and "Traceback" not in second.stderr
+        assert "exp belongs to baseline-student+eval.num_puzzles-5" in second.stderr.replace("\n", " ")
+    two = launch("-m", "seed=1,2", *once[:2], "hydra.sweep.subdir=x")
+    assert two.returncode == 2 and "would both lie in" in two.stderr
+    assert {file: file.stat().st_mtime_ns for file in (launch.folder / "exp").rglob("*")} == before
+    assert len(launch.runs("cell")) == 1 and not launch.runs("sweep")
+
+    forced = launch(*once, "force=true")  # the same cell may have its folder again
+    assert forced.returncode == 0, forced.stderr
+    assert len(launch.runs("cell")) == 2
