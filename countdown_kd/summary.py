@@ -191,7 +191,7 @@ def summary_table(client: MlflowClient, cells: list[Run], labels: Sequence[str] 
         accuracy = f"{before} → {after}" if before and after else after or before or "–"
         if cell.info.status != "FINISHED":
             accuracy = described(cell)  # it has no result to compare, whatever it got to
-        row = [labels[number]] if labels else [cell.data.params.get(name, "–") for name in names]
+        row = [labels[number]] if labels else [_short(cell.data.params.get(name, "–")) for name in names]
         row += [
             f"{loss:.4f}" if loss is not None else "–",
             shown("perf/s_per_it", ".2f"),
@@ -203,6 +203,14 @@ def summary_table(client: MlflowClient, cells: list[Run], labels: Sequence[str] 
         ]
         table.add_row(*map(escape, row))
     return table
+
+
+def _short(value: str) -> str:
+    """A param as a table has room for it: an optimizer proposes numbers of twenty digits."""
+    try:
+        return value if len(value) <= 8 else f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def solved(metrics: dict[str, float], prefix: str) -> str:
