@@ -37,8 +37,10 @@ def objections(settings: Sequence[dict[str, Any]]) -> list[list[str]]:
     texts = [json.dumps(each, sort_keys=True, default=str) for each in settings]
     answers = {text: remembered(text) for text in dict.fromkeys(texts)}
     if unknown := [text for text, answer in answers.items() if answer is None]:
-        seconds = 20 + len(unknown) // 5
-        log.info("asking GOLDConfig, trainer and samplers about %d config(s): %d s, once", len(unknown), seconds)
+        about = f"{len(unknown)} configs" if len(unknown) > 1 else "a config"
+        print(
+            f"asking GOLDConfig, trainer and samplers about {about}: {20 + len(unknown) // 5} s, once", file=sys.stderr
+        )
         for text, answer in zip(unknown, ask(unknown), strict=False):
             answers[text] = answer
             remember(text, answer)

@@ -49,7 +49,10 @@ def show(
     """Print the cells as a table, draw the figure into ``folder`` and say where everything is."""
     console = Console()
     console.print()
-    console.print(summary_table(client, cells))
+    table = summary_table(client, cells)
+    needed = console.measure(table, options=console.options.update(width=500)).maximum
+    # A line may be long, but no column is cut off.
+    (console if needed <= console.width else Console(width=needed)).print(table)
     console.print(
         f"loss: mean of the last {LAST_STEPS} steps; s/it: median after warm-up; solved: Wilson 95 %",
         style="dim",
@@ -174,7 +177,8 @@ def summary_table(client: MlflowClient, cells: list[Run], labels: Sequence[str] 
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     names = swept_params(cells)
     for name in ["run"] if labels else names:
-        table.add_column(escape(name.removeprefix("trainer.")), overflow="fold")
+        header = escape(name.removeprefix("trainer."))
+        table.add_column(header, overflow="fold", min_width=len(header), max_width=max(24, len(header)))
     for header in ("loss", "s/it", "samples\n/s", "global\nbatch", "peak\nGiB"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("solved, %\nbefore → after", min_width=24)

@@ -59,11 +59,12 @@ class Sweep:
         cells = grid(config)
         composed = compose_all(config, cells)
         first = composed[0] if composed else config
-        if first.plan:
-            if composed:
-                show_plan(composed, config)
-            else:
-                print(f"{config.hydra.sweeper._target_} chooses its cells as it goes: there is no plan to show")
+        sweeper = config.hydra.sweeper._target_
+        if first.plan and composed:
+            show_plan(composed, config)
+            raise SystemExit(0)
+        if first.plan and "countdown_kd" not in sweeper:  # explain has a plan of its own
+            print(f"{sweeper} chooses its cells as it goes: there is no plan to show")
             raise SystemExit(0)
         check(cells, composed)
 
@@ -91,6 +92,8 @@ class Sweep:
             self.folder = folder if typed(config, "hydra.sweep.dir") else folder.with_name(f"{folder.name}-{key[:8]}")
         for cfg in (config, *composed):
             cfg.hydra.sweep.dir = str(self.folder)
+        if not composed:  # another sweeper's cells are composed anew, from what was typed
+            config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{self.folder}'")
         check_folders(composed, progress)
         swept = [o for o in overrides_of(config) if not o.lstrip("+~").startswith(("hydra", "tracking.", "force"))]
         name = " ".join(swept) or "sweep"
