@@ -384,7 +384,8 @@ class Search:
             batch.append(overrides)
         progress = progress_of(self.client, self.experiment_id, list(cells.values()))
         todo = [o for o, each in zip(batch, progress, strict=True) if each.stage is not Stage.FINISHED]
-        self.share_runs([each.run.info.run_id for each in progress if each.stage is Stage.FINISHED])
+        before = [each.run for each in progress if each.stage is Stage.FINISHED]
+        tracking.share(self.client, os.environ[tracking.SWEEP_RUN_ID], before)
         if todo:
             self.sweeper.launcher.launch(todo, initial_job_idx=self.launched)
             self.launched += len(todo)
@@ -394,18 +395,6 @@ class Search:
                 self.runs[name] = run.info.run_id
                 curve = self.curve(name)
                 self.values[name] = statistics.fmean(curve.values()) if curve else None
-
-    def share_runs(self, run_ids: list[str]) -> None:
-        """Have the sweep's run list what another search or sweep has run before."""
-        sweep = self.client.get_run(os.environ[tracking.SWEEP_RUN_ID])
-        listed = sweep.data.tags.get(tracking.SHARED_TAG, "").split()
-        new = [
-            run_id
-            for run_id in run_ids
-            if run_id not in listed
-            and self.client.get_run(run_id).data.tags.get(tracking.PARENT_TAG) != sweep.info.run_id
-        ]
-        self.client.set_tag(sweep.info.run_id, tracking.SHARED_TAG, " ".join([*listed, *new]))
 
     def curve(self, name: str) -> dict[int, float]:
         history = self.client.get_metric_history(self.runs[name], self.metric)

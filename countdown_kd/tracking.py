@@ -216,6 +216,14 @@ def cells_of(client: MlflowClient, sweep_run_id: str) -> list[Run]:
     return list(cells.values())
 
 
+def share(client: MlflowClient, sweep_run_id: str, runs: Sequence[Run]) -> None:
+    """Have a sweep list cells that another sweep or command has run."""
+    listed = client.get_run(sweep_run_id).data.tags.get(SHARED_TAG, "").split()
+    others = [run.info.run_id for run in runs if run.data.tags.get(PARENT_TAG) != sweep_run_id]
+    if new := [run_id for run_id in others if run_id not in listed]:
+        client.set_tag(sweep_run_id, SHARED_TAG, " ".join([*listed, *new]))
+
+
 def git(*arguments: str) -> str:
     """What a git command says about the folder the code lies in; empty where that is no checkout."""
     try:

@@ -64,6 +64,8 @@ def _run(cfg: DictConfig, hydra: DictConfig, client: MlflowClient, experiment_id
             raise CellFailed(f"{cell_name(hydra)} is running already, in {where} (run {progress.run.info.run_id[:8]})")
         if progress.stage is Stage.FINISHED:
             log.info("done before, in %s; force=true runs it again", progress.run.data.tags[tracking.FOLDER_TAG])
+            if sweep := os.environ.get(tracking.SWEEP_RUN_ID):
+                tracking.share(client, sweep, [progress.run])
             return progress.run.info.run_id
         step = progress.step
         try:

@@ -108,11 +108,8 @@ class Sweep:
             self.lock.note = self.lock.note | {"run_id": self.run_id}
         self.client.set_tag(self.run_id, tracking.CELLS_TAG, str(len(self.identities)))
         self.client.update_run(self.run_id, status="RUNNING")
-        under_way = {
-            cell.run.info.run_id: cell.run for cell in progress if cell.stage in (Stage.FINISHED, Stage.ACTIVE)
-        }
-        shared = [key for key, run in under_way.items() if run.data.tags.get(tracking.PARENT_TAG) != self.run_id]
-        self.client.set_tag(self.run_id, tracking.SHARED_TAG, " ".join(shared))
+        under_way = {cell.identity: cell.run for cell in progress if cell.stage in (Stage.FINISHED, Stage.ACTIVE)}
+        tracking.share(self.client, self.run_id, list(under_way.values()))
         if under_way:
             print(
                 f"{len(under_way)} of {len(self.identities)} cells are done or under way; force=true runs them again",

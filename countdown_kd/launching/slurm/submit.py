@@ -99,6 +99,8 @@ def open_and_submit(
     run_ids: dict[str, str] = {}  # by identity: a cell that is asked for twice runs once
     cells: list[Cell] = []
     progress = progress_of(client, experiment_id, composed)
+    under_way = [each.run for each in progress if each.stage in (Stage.FINISHED, Stage.ACTIVE)]
+    tracking.share(client, os.environ[tracking.SWEEP_RUN_ID], under_way)
     try:
         with interrupts_between_cells() as interrupted:
             for number, (cfg, each) in enumerate(zip(composed, progress, strict=True), first_number):
