@@ -12,7 +12,8 @@
 
 The same command again runs only what is missing; force=true runs everything anew.
 
-Keys (KEY=VALUE): seed, baseline, force, plan, trainer.*, task.*, eval.*, model.*, teacher.*, gen.*, dist.*, tracking.*
+Keys (KEY=VALUE): seed, baseline, force, plan, trainer.*, task.*, eval.*, model.*, teacher.*, gen.*, step.*, dist.*,
+tracking.*
 A field of TRL's GOLDConfig that conf/trainer/gold.yaml does not list is added with a plus:
 +trainer.weight_decay=0.1
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parent
 if {"-h", "--help"} & set(sys.argv[1:]):  # Hydra's own help takes seconds to list what it knows
     print(__doc__)
     print("Groups (GROUP=OPTION; defaults in conf/config.yaml):\n")
-    for group in "task model teacher precision gen dist eval experiment +sweeps".split():
+    for group in "task model teacher precision gen step dist eval experiment +sweeps".split():
         files = sorted((ROOT / "conf" / group.lstrip("+")).glob("*.yaml"))
         print(f"  {group:<12}{', '.join(file.stem for file in files)}")
     sys.exit()
