@@ -299,9 +299,13 @@ class CountdownTrainer(GOLDTrainer):
         with once:
             if not self.step.rollouts_together:
                 return super()._generate_non_vllm_for_slices(slices, on_policy_indices)
+            # Of several optimizer steps: each is padded to its own longest prompt.
+            width = max(slices[i]["prompts"].shape[1] for i in on_policy_indices)
             together = {
-                key: torch.cat([slices[i][key] for i in on_policy_indices])
-                for key in ("prompts", "prompt_attention_mask")
+                key: torch.cat(
+                    [pad(slices[i][key], (width - slices[i][key].shape[1], 0), value=filler) for i in on_policy_indices]
+                )
+                for key, filler in (("prompts", self._tokenizer.pad_token_id), ("prompt_attention_mask", 0))
             }
             buffers = self._buffered_inputs, self._buffered_text_logs
             self._buffered_inputs, self._buffered_text_logs = [None], [None]

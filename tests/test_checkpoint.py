@@ -20,7 +20,7 @@ from countdown_kd.launching.folder import MARKER, discard_unusable, last_checkpo
 # Rollouts are for two steps each, and a save is due after 3, 6 and 9.
 SHARED = (
     "trainer.max_steps=9", "trainer.save_steps=3", "trainer.save_total_limit=null", "gen.steps_per_rollout=2",
-    "trainer.lmbda=0.7", "trainer.per_device_train_batch_size=4", "step.rollouts_together=false",
+    "trainer.lmbda=0.7", "trainer.per_device_train_batch_size=4",
     "trainer.learning_rate=1e-2",
 )  # fmt: skip
 

@@ -1,8 +1,10 @@
 """What we add to GOLDTrainer, with the trainer itself and vLLM's own engine."""
 
+import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -222,6 +224,16 @@ def test_a_run_goes_on_as_if_nothing_had_been(tmp_path, overrides, stops_after):
     train(resumed, last_checkpoint(tmp_path / "interrupted", run_id=""))
     assert losses(resumed) == losses(straight)
     assert all(map(torch.equal, resumed.model.parameters(), straight.model.parameters()))
+
+
+def test_steps_whose_longest_prompts_differ_share_their_rollouts(tmp_path):
+    shared = make_trainer(
+        tmp_path, "gen.steps_per_rollout=4", "trainer.per_device_train_batch_size=1", "trainer.lmbda=1.0"
+    )
+    batches = list(islice(shared.get_train_dataloader(), 4))
+    assert len({batch["prompts"].shape[1] for batch in batches}) > 1
+    shared.train()
+    assert shared.state.global_step == 4 and all(map(math.isfinite, losses(shared)))
 
 
 def test_a_step_of_shared_rollouts_is_as_long_as_their_mean():
