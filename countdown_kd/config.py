@@ -324,6 +324,11 @@ def _sampling_problems(cfg: dict[str, Any]) -> Iterator[str]:
                 f"gen.dtype={dtype}: with gen=hf the student itself samples, in {samples_in}. "
                 "Leave gen.dtype to precision=, or use gen=vllm"
             )
+        if cfg["gen"].get("cache_implementation") == "static" and trainer["bf16"]:
+            yield (
+                "gen.cache_implementation=static with trainer.bf16=true: under autocast keys are fp32 and values bf16, "
+                "and transformers' static cache has one dtype. Use precision=bf16_pure, precision=fp32 or gen=vllm"
+            )
         return
     if find_spec("vllm") is None:
         yield "gen=vllm: vLLM is not installed. Run `make setup`, pip install vllm, or use gen=hf"

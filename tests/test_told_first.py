@@ -85,6 +85,12 @@ def test_a_mistake_is_told_at_once(cell, override, said):
     assert said in message and len(message.splitlines()) == 1
 
 
+def test_a_static_cache_under_autocast_is_told(cell):
+    message = told(cell("gen.cache_implementation=static", "precision=bf16"))
+    assert "Use precision=bf16_pure, precision=fp32 or gen=vllm" in message
+    validate(cell("gen.cache_implementation=static", "precision=bf16_pure"))
+
+
 def test_every_unknown_key_of_every_group_is_told(cell):
     groups = ("eval", "model", "teacher", "gen", "step", "task", "dist", "tracking", "trainer")
     message = told(cell(*(f"+{group}.zzz=1" for group in groups)))
