@@ -211,8 +211,7 @@ def compose_all(config: DictConfig, cells: list[list[str]]) -> list[DictConfig]:
                 o.input_line.lstrip("+").replace("=", naming.kv_sep, 1)
                 for o in parsed
                 if not o.is_hydra_override()
-                and o.get_key_element().lstrip("+~") not in excluded
-                and (o.key_or_group in swept or not swept)
+                and (o.key_or_group in swept or not (swept or o.get_key_element().lstrip("+~") in excluded))
             )
 
     def look_up(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
