@@ -307,6 +307,7 @@ BUILT_IN = _Types({kind.__name__: kind for kind in (bool, int, float, str, list,
 def _type(annotation: ast.expr) -> Any:
     """A type made of built-in ones; Any in place of a library's own."""
     try:
+        # An installed library's own annotation, which importing the library would run too; never anybody's config.
         return eval(ast.unparse(annotation), {"__builtins__": {}}, BUILT_IN)
     except (AttributeError, TypeError):  # os.PathLike, a name that only type checkers know
         return Any
