@@ -10,6 +10,7 @@ import pytest
 from conftest import option_names
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -58,8 +59,9 @@ def test_every_sweep_opens_with_its_question_and_command_and_its_cells_are_valid
     assert lines[1].startswith("# ") and "?" in lines[1]
     assert f"python launch.py +sweeps={file.stem}" in file.read_text()
     params = OmegaConf.load(file).hydra.sweeper.params
-    first = [f"{key}={str(values).split(',')[0]}" for key, values in params.items() if "range" not in str(values)]
-    validate(cell(*first))
+    swept = OverridesParser.create().parse_overrides([f"{key}={values}" for key, values in params.items()])
+    first = [o.value().start if o.is_interval_sweep() else next(o.sweep_string_iterator()) for o in swept]
+    validate(cell(*(f"{o.key_or_group}={value}" for o, value in zip(swept, first, strict=True))))
 
 
 @pytest.mark.parametrize(
